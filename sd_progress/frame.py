@@ -1,0 +1,139 @@
+"""Owns `Frame`: the value that every writer, queue and callable is given."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = Literal["denoised", "noisy", "both", "final"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+INITIAL_STEP_INDEX = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One preview of one step: pixels, and where in the run they come from.
+
+    Attributes:
+        images: uint8 RGB, (B, H, W, 3), or (B, F, H, W, 3) for video; `source="both"` puts the
+            noisy picture left of the denoised one.
+        step_index: 0-based count of this run's callbacks; -1 is the initial noise. Not the
+            pipeline's own index, which counts half steps and restarts in some pipelines.
+        num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler).
+        timestep: what the scheduler was given, in its own units; None where there is none.
+        sigma: noise level of the latents shown as `noisy`, after the step; None where the
+            scheduler keeps no sigmas.
+        source: `"denoised"` is the predicted x0, `"noisy"` the latents after the step, `"both"`
+            the two side by side, `"final"` the pipeline's own finished picture.
+        decoder: what made the pixels, for example `"linear:sd1"`, `"pca"` or `"vae"`.
+        elapsed_s: seconds since the run's first step began.
+        eta_s: estimated seconds until the last step; None before it can be known.
+        layout: how the latents became VAE-space; `"inferred"` where that was a guess.
+        run_index: 0-based count of the runs that this callback object has served.
+        latents: (B, C, h, w) float, on the CPU, VAE-space (what `vae.decode` is given); kept only
+            with `keep_latents=True`. With `source="both"`, the denoised ones.
+    """
+
+    images: NDArray[np.uint8]
+    step_index: int
+    num_steps: int
+    timestep: float | None
+    sigma: float | None
+    source: Source
+    decoder: str
+    elapsed_s: float
+    eta_s: float | None
+    layout: str = "plain"
+    run_index: int = 0
+    latents: Tensor | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that are done, 0 to 1."""
+        return min(1.0, (self.step_index + 1) / self.num_steps) if self.num_steps else 1.0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the run's last step, or the finished picture."""
+        return self.step_index + 1 >= self.num_steps
+
+    @property
+    def image(self) -> Image.Image:
+        """RGB picture of the whole batch as a grid; for video one row per clip."""
+        return Image.fromarray(as_grid(self.images))
+
+    def metadata(self) -> dict[str, str]:
+        """Where the frame comes from, as text, for an image file's header."""
+        values = {
+            "step_index": self.step_index,
+            "num_steps": self.num_steps,
+            "timestep": self.timestep,
+            "sigma": self.sigma,
+            "source": self.source,
+            "decoder": self.decoder,
+            "layout": self.layout,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+        shown = {key: str(value) for key, value in values.items() if value is not None}
+        return {**shown, **_versions()}
+
+    def to_bytes(self, format: ImageFormat = "png") -> bytes:
+        """`image`, encoded.
+
+        Args:
+            format: `"png"`, `"jpeg"` or `"webp"`.
+
+        Raises:
+            ValueError: `format` is none of these.
+        """
+        if format not in get_args(ImageFormat):
+            expected = ", ".join(map(repr, get_args(ImageFormat)))
+            raise ValueError(f"format must be one of {expected}, got {format!r}; pass one of them")
+        buffer = io.BytesIO()
+        self.image.save(buffer, format=format)
+        return buffer.getvalue()
+
+    def to_data_url(self, format: ImageFormat = "png") -> str:
+        """`image` as a `data:image/...;base64,` URL, for an HTML `<img src>`."""
+        encoded = base64.b64encode(self.to_bytes(format)).decode("ascii")
+        return f"data:image/{format};base64,{encoded}"
+
+
+def as_grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(B, H, W, 3) as a near-square grid, (B, F, H, W, 3) as B rows of F; uint8 (H', W', 3).
+
+    Cells that have no picture are black.
+    """
+    if images.ndim == 5:
+        return _tiled(images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
+    return _tiled(images, columns=int(np.ceil(np.sqrt(len(images)))))
+
+
+def _tiled(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:count] = images
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("sd-progress", "diffusers", "torch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""What a frame says and shows."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_progress.frame import Frame, as_grid
+
+
+def frame(images=None, **values):
+    defaults = {
+        "step_index": 0,
+        "num_steps": 4,
+        "timestep": 751.0,
+        "sigma": None,
+        "source": "denoised",
+        "decoder": "linear:sd1",
+        "elapsed_s": 0.5,
+        "eta_s": 1.5,
+    }
+    images = np.zeros((1, 2, 3, 3), np.uint8) if images is None else images
+    return Frame(images, **{**defaults, **values})
+
+
+def test_progress():
+    """None of the steps at the initial noise, all of them at the last."""
+    assert [frame(step_index=k).progress for k in (-1, 0, 3)] == [0.0, 0.25, 1.0]
+    assert [frame(step_index=k).is_last for k in (-1, 2, 3)] == [False, False, True]
+
+
+def test_a_batch_is_a_near_square_grid():
+    """Three pictures make two rows of two, the fourth cell black."""
+    images = np.stack([np.full((2, 3, 3), 50 * (k + 1), np.uint8) for k in range(3)])
+    grid = as_grid(images)
+    assert grid.shape == (4, 6, 3)
+    assert [grid[0, 0, 0], grid[0, 3, 0], grid[2, 0, 0], grid[2, 3, 0]] == [50, 100, 150, 0]
+
+
+def test_a_video_is_a_row_for_each_clip():
+    """(B, F, H, W, 3) gives B rows of F."""
+    images = np.arange(2 * 3 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 3, 4, 5, 3)
+    grid = as_grid(images)
+    assert grid.shape == (8, 15, 3)
+    np.testing.assert_array_equal(grid[4:, 5:10], images[1, 1])
+
+
+def test_metadata_is_text_without_what_is_not_known():
+    """Values that are None are left out, versions are there."""
+    metadata = frame().metadata()
+    assert metadata["timestep"] == "751.0"
+    assert "sigma" not in metadata
+    assert {"diffusers", "torch", "sd-progress"} <= set(metadata)
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_bytes_and_data_url(format):
+    """Both decode to the picture, in the format asked for."""
+    shown = frame(np.full((1, 8, 8, 3), 200, np.uint8))
+    url = shown.to_data_url(format)
+    head, encoded = url.split(",")
+    assert head == f"data:image/{format};base64"
+    assert base64.b64decode(encoded) == shown.to_bytes(format)
+    picture = Image.open(io.BytesIO(shown.to_bytes(format)))
+    assert picture.format.lower() == format
+    assert np.asarray(picture).mean() == pytest.approx(200, abs=1)
+
+
+def test_a_wrong_format_is_refused():
+    """The message names the ones there are."""
+    with pytest.raises(ValueError, match="format must be one of 'png', 'jpeg', 'webp', got 'bmp'"):
+        frame().to_bytes("bmp")
