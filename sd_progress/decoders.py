@@ -1,0 +1,216 @@
+"""Owns how VAE-space latents become pixels: the linear map, principal components, the full VAE."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .factors import Factors
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """VAE-space latents to pixels; called from one worker thread, in the order of the steps."""
+
+    @property
+    def name(self) -> str:
+        """What `Frame.decoder` says, for example `"linear:sd1"`."""
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, C, h, w) float on the CPU, VAE-space -> (B, H, W, 3) uint8 RGB."""
+
+
+class LinearDecoder:
+    """RGB by one small convolution, a few thousand times cheaper than the VAE.
+
+    Args:
+        factors: the linear map.
+    """
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+        self._weight = torch.from_numpy(np.ascontiguousarray(factors.weight))
+        self._bias = torch.from_numpy(np.ascontiguousarray(factors.bias))
+
+    @property
+    def name(self) -> str:
+        """`"linear:"` and the name of the factors."""
+        return f"linear:{self.factors.name}"
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, C, h, w) float on the CPU -> (B, h * upscale, w * upscale, 3) uint8.
+
+        Raises:
+            ValueError: the channel count is not the factors'.
+        """
+        if latents.shape[1] != self.factors.latent_channels:
+            raise ValueError(
+                f"latents must be (B, {self.factors.latent_channels}, h, w) for factors "
+                f"{self.factors.name!r}, got {tuple(latents.shape)}; pass decoder='auto'"
+            )
+        margin = self.factors.kernel_size // 2
+        # replicated, because a border of zeros is grey only in sampler space
+        padded = functional.pad(latents.float(), (margin,) * 4, mode="replicate")
+        rgb = functional.conv2d(padded, self._weight, self._bias)  # (B, 3 * s * s, h, w)
+        return to_uint8(functional.pixel_shuffle(rgb, self.factors.upscale))
+
+
+class PcaDecoder:
+    """The first three principal components of the latents as RGB: an honest stand-in.
+
+    Shapes are right, colours mean nothing. The components are those of all latents seen so far in
+    the run, each kept pointing the way it did before, so colours do not flicker.
+    """
+
+    name = "pca"
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._sum: Tensor | None = None
+        self._products: Tensor | None = None
+        self._axes: Tensor | None = None
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, C, h, w) float on the CPU -> (B, h, w, 3) uint8; C may be less than three."""
+        pixels = latents.double().movedim(1, -1)  # (B, h, w, C)
+        rows = pixels.reshape(-1, pixels.shape[-1])
+        finite = rows[rows.isfinite().all(dim=1)]
+        mean, axes, spread = self._components(finite if len(finite) else torch.zeros_like(rows))
+        rgb = (pixels - mean) @ axes / (2.5 * spread)  # two and a half deviations fill the range
+        missing = 3 - rgb.shape[-1]
+        return to_uint8(functional.pad(rgb, (0, missing)).movedim(-1, 1).float())
+
+    def _components(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (C,), up to three axes (C, 3) and their standard deviations (3,), of all so far."""
+        if self._sum is None or self._products is None or len(self._sum) != rows.shape[1]:
+            self._count, self._axes = 0.0, None
+            self._sum = torch.zeros(rows.shape[1], dtype=torch.double)
+            self._products = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.double)
+        self._count += len(rows)
+        self._sum += rows.sum(dim=0)
+        self._products += rows.T @ rows
+        mean = self._sum / self._count
+        variances, axes = torch.linalg.eigh(self._products / self._count - mean.outer(mean))
+        variances, axes = variances.flip(0)[:3], axes.flip(1)[:, :3]
+        if self._axes is not None:
+            axes = axes * torch.where((axes * self._axes).sum(dim=0) < 0, -1.0, 1.0)
+        self._axes = axes
+        return mean, axes, variances.clamp_min(1e-12).sqrt()
+
+
+class VaeDecoder:
+    """The pipeline's own VAE, in the middle of its run, leaving no trace on it.
+
+    Runs on the caller's thread and stream. Weights that rest elsewhere, or in a half precision that
+    overflows (`force_upcast`), are lent copies for the time of the decode; the very same storages
+    are put back afterwards. Offload hooks of the pipeline are not woken.
+    """
+
+    name = "vae"
+
+    def __init__(self, vae: nn.Module) -> None:
+        self._vae = vae
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, C, h, w) float, VAE-space, any device -> (B, H, W, 3) uint8, full resolution.
+
+        Raises:
+            FloatingPointError: the VAE made values that are not finite.
+        """
+        device, dtype = _execution_device(self._vae), _decode_dtype(self._vae)
+        hooked = _streams_weights(self._vae)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if not hooked:
+                stack.enter_context(_lent_weights(self._vae, device, dtype))
+            decode = _decode_method(self._vae, hooked=hooked)
+            (images, *_) = decode(latents.to(device, dtype), return_dict=False)
+        images = images[:, :3].float().cpu()
+        if not images.isfinite().all():
+            raise FloatingPointError(
+                f"vae.decode must give finite values, got NaN or infinity in {dtype}; "
+                "load the VAE in bfloat16 or float32, or leave vae_every out"
+            )
+        return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, H, W) float, nominally [-1, 1] -> (B, H, W, 3) uint8 RGB; NaN becomes mid-grey."""
+    levels = (images.nan_to_num(0.0) / 2 + 0.5).clamp(0, 1) * 255
+    pixels = levels.round().to(torch.uint8).movedim(1, -1).contiguous()
+    return cast(NDArray[np.uint8], pixels.numpy())
+
+
+def _decode_method(vae: nn.Module, *, hooked: bool) -> Callable[..., Sequence[Tensor]]:
+    """`vae.decode`; where no hooks bring its weights, past the one that offloads the denoiser."""
+    decode = getattr(type(vae), "decode")  # noqa: B009 - nn.Module's type has none
+    plain = decode if hooked else getattr(decode, "__wrapped__", decode)
+    return functools.partial(plain, vae)
+
+
+def _decoder_parts(vae: nn.Module) -> Iterator[nn.Module]:
+    """The submodules that decoding uses; the encoder may stay where it is."""
+    for name, child in vae.named_children():
+        if name not in ("encoder", "quant_conv"):
+            yield child
+
+
+def _tensors(vae: nn.Module) -> Iterator[Tensor]:
+    yield from vae.parameters(recurse=False)
+    yield from vae.buffers(recurse=False)
+    for part in _decoder_parts(vae):
+        yield from part.parameters()
+        yield from part.buffers()
+
+
+def _execution_device(vae: nn.Module) -> torch.device:
+    # imported here: the module must not load diffusers, and a VAE in hand has loaded it already
+    from diffusers.utils.torch_utils import get_module_execution_device
+
+    device: torch.device = get_module_execution_device(vae)
+    return device
+
+
+def _decode_dtype(vae: nn.Module) -> torch.dtype:
+    dtype = next((p.dtype for p in _tensors(vae) if p.is_floating_point()), torch.float32)
+    upcast = bool(getattr(getattr(vae, "config", None), "force_upcast", False))
+    return torch.float32 if dtype == torch.float16 and upcast else dtype
+
+
+def _streams_weights(vae: nn.Module) -> bool:
+    """Whether hooks bring the weights in during the decode (sequential and group offload)."""
+    if any(tensor.is_meta for tensor in _tensors(vae)):
+        return True
+    registries = (getattr(module, "_diffusers_hook", None) for module in vae.modules())
+    return any("group_offloading" in getattr(r, "hooks", {}) for r in registries if r is not None)
+
+
+@contextlib.contextmanager
+def _lent_weights(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """For the time of the block, the decoder's weights are on `device`, the floating ones `dtype`.
+
+    `tensor.data` is swapped rather than `vae.to()` called: afterwards every tensor has the storage
+    it had, so nothing is rounded, nothing is moved twice, and no hook is involved.
+    """
+    rest: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in _tensors(vae):
+            wanted = dtype if _needs_upcast(tensor, dtype) else tensor.dtype
+            if tensor.device != device or tensor.dtype != wanted:
+                rest.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device, wanted)
+        yield
+    finally:
+        for tensor, data in rest:
+            tensor.data = data
+
+
+def _needs_upcast(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and tensor.dtype == torch.float16
