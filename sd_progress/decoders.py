@@ -28,6 +28,14 @@ class Decoder(Protocol):
         """(B, C, h, w) float on the CPU, VAE-space -> (B, H, W, 3) uint8 RGB."""
 
 
+class _Group(Protocol):
+    onload_device: torch.device
+
+
+class _GroupHook(Protocol):
+    group: _Group
+
+
 class LinearDecoder:
     """RGB by one small convolution, a few thousand times cheaper than the VAE.
 
@@ -171,11 +179,26 @@ def _tensors(vae: nn.Module) -> Iterator[Tensor]:
 
 
 def _execution_device(vae: nn.Module) -> torch.device:
-    # imported here: the module must not load diffusers, and a VAE in hand has loaded it already
-    from diffusers.utils.torch_utils import get_module_execution_device
+    """Where its inputs must be: with offload hooks, not where its weights rest."""
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    found = _group_onload_device(vae) if found is None else found
+    return next(_tensors(vae)).device if found is None else torch.device(found)
 
-    device: torch.device = get_module_execution_device(vae)
-    return device
+
+def _group_onload_device(vae: nn.Module) -> torch.device | None:
+    for hook in _group_hooks(vae):
+        return hook.group.onload_device
+    return None
+
+
+def _group_hooks(vae: nn.Module) -> Iterator[_GroupHook]:
+    """The hooks of diffusers' group offloading, which bring the weights in group by group."""
+    for module in vae.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and "group_offloading" in registry.hooks:
+            yield registry.hooks["group_offloading"]
 
 
 def _decode_dtype(vae: nn.Module) -> torch.dtype:
@@ -186,10 +209,7 @@ def _decode_dtype(vae: nn.Module) -> torch.dtype:
 
 def _streams_weights(vae: nn.Module) -> bool:
     """Whether hooks bring the weights in during the decode (sequential and group offload)."""
-    if any(tensor.is_meta for tensor in _tensors(vae)):
-        return True
-    registries = (getattr(module, "_diffusers_hook", None) for module in vae.modules())
-    return any("group_offloading" in getattr(r, "hooks", {}) for r in registries if r is not None)
+    return any(tensor.is_meta for tensor in _tensors(vae)) or any(True for _ in _group_hooks(vae))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,355 @@
+"""Owns the animated file formats: GIF, APNG and WebP that grow on disk, and MP4 through ffmpeg."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ._files import publish, temporary_path, write_temporary
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long frames stay, and how often they all play (0 is forever)."""
+
+    duration_ms: int
+    hold_last_ms: int
+    loop: int
+
+
+class Animation(Protocol):
+    """One animated file while it is written; `path` is None until it exists."""
+
+    side_multiple: ClassVar[int]
+
+    def __init__(self, wanted: Path, timing: Timing) -> None: ...
+    @property
+    def path(self) -> Path | None: ...
+    def add(self, image: Image.Image) -> None: ...
+    def finish(self) -> None: ...
+
+
+class GrowingFile:
+    """A file that ends in a fixed trailer and is complete after every `append`.
+
+    What is new is written behind the trailer, where readers do not look; then its beginning
+    replaces the trailer. Whoever reads, and whoever is killed, has the old file or the new one.
+    """
+
+    def __init__(self, wanted: Path, data: bytes, trailer: bytes) -> None:
+        self.path = publish(write_temporary(wanted.parent, data + trailer), wanted)
+        self._trailer = trailer
+        self._end = len(data)
+        self._handle = self.path.open("r+b", buffering=0)
+
+    def append(self, data: bytes) -> int:
+        """Add `data` before the trailer; the length of the file is returned."""
+        visible = len(self._trailer)
+        grown = data + self._trailer
+        try:
+            self.patch(self._end + visible, grown[visible:])
+        except OSError:
+            self._handle.truncate(self._end + visible)
+            raise
+        self.patch(self._end, grown[:visible])
+        self._end += len(data)
+        return self._end + visible
+
+    def patch(self, offset: int, data: bytes) -> None:
+        """Write `data` at `offset`, all of it."""
+        self._handle.seek(offset)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._handle.write(rest) :]
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+class GrowingAnimation(ABC):
+    """What GIF, APNG and WebP have in common: a header, one block per frame, a trailer."""
+
+    side_multiple: ClassVar[int] = 1
+    trailer: ClassVar[bytes] = b""
+
+    def __init__(self, wanted: Path, timing: Timing) -> None:
+        self.wanted = wanted
+        self.timing = timing
+        self.frames = 0
+        self.last_offset = 0  # of the last frame's block
+        self.file: GrowingFile | None = None
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.file is None else self.file.path
+
+    def add(self, image: Image.Image) -> None:
+        block = self.block(image)
+        if self.file is None:
+            header = self.header(image, block)
+            self.file = GrowingFile(self.wanted, header + block, self.trailer)
+            self.last_offset, self.frames = len(header), 1
+        else:
+            size = self.file.append(block)
+            self.last_offset = size - len(self.trailer) - len(block)
+            self.frames += 1
+            self.settle(self.file, size)
+
+    def finish(self) -> None:
+        if self.file is None:
+            return
+        try:
+            self.hold(self.file)
+        finally:
+            self.file.close()
+
+    @abstractmethod
+    def header(self, image: Image.Image, block: bytes) -> bytes:
+        """What stands before the first block."""
+
+    @abstractmethod
+    def block(self, image: Image.Image) -> bytes:
+        """One frame, encoded."""
+
+    def settle(self, file: GrowingFile, size: int) -> None:  # noqa: B027 (a GIF need not)
+        """Tell the header that the file has one more frame and `size` bytes."""
+
+    @abstractmethod
+    def hold(self, file: GrowingFile) -> None:
+        """Give the last frame its longer time."""
+
+
+class Gif(GrowingAnimation):
+    """GIF89a; source: https://www.w3.org/Graphics/GIF/spec-gif89a.txt ."""
+
+    trailer = b";"
+
+    def header(self, image: Image.Image, block: bytes) -> bytes:
+        screen = struct.pack("<6sHH3B", b"GIF89a", *image.size, 0x70, 0, 0)
+        if self.timing.loop == 1:
+            return screen
+        repeats = max(0, self.timing.loop - 1)  # 0 is forever; else how often after the first time
+        return screen + struct.pack("<3s11sBBHB", b"!\xff\x0b", b"NETSCAPE2.0", 3, 1, repeats, 0)
+
+    def block(self, image: Image.Image) -> bytes:
+        control = struct.pack("<3sBHBB", b"!\xf9\x04", 1 << 2, self.timing.duration_ms // 10, 0, 0)
+        return control + _gif_picture(_dithered(image))
+
+    def hold(self, file: GrowingFile) -> None:
+        file.patch(self.last_offset + 4, struct.pack("<H", self.timing.hold_last_ms // 10))
+
+
+def _dithered(image: Image.Image) -> Image.Image:
+    """`image` in 256 colours of its own, Floyd-Steinberg dithered.
+
+    The colours come from a sample: over all pixels of a noisy frame, the choice takes seconds.
+    """
+    sample = image.copy()
+    sample.thumbnail((64, 64), Image.Resampling.NEAREST)
+    colours = sample.quantize(256, Image.Quantize.MAXCOVERAGE)
+    return image.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+
+
+def _gif_picture(image: Image.Image) -> bytes:
+    """Image descriptor, colour table and pixels of a palette image, from Pillow's one-frame GIF."""
+    buffer = io.BytesIO()
+    image.save(buffer, "GIF", interlace=False)
+    data = buffer.getvalue()
+    table_bits = data[10] & 7
+    start = 13 + (3 << table_bits + 1)
+    while data[start : start + 1] == b"!":  # an extension: sub-blocks up to an empty one
+        start += 2
+        while data[start]:
+            start += 1 + data[start]
+        start += 1
+    descriptor = data[start : start + 9] + bytes([0x80 | table_bits])
+    return descriptor + data[13 : 13 + (3 << table_bits + 1)] + data[start + 10 : -1]
+
+
+class Apng(GrowingAnimation):
+    """Animated PNG; source: https://www.w3.org/TR/png-3/#apng-frame-based-animation ."""
+
+    trailer = b"\0\0\0\0IEND\xaeB`\x82"
+
+    def header(self, image: Image.Image, block: bytes) -> bytes:
+        head = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + head + self._frame_count(1)
+
+    def block(self, image: Image.Image) -> bytes:
+        sequence = max(0, 2 * self.frames - 1)  # the first picture's own chunk has no number
+        self._size = image.size
+        pixels = b"".join(_png_chunks(png_bytes(image), b"IDAT"))
+        control = self._control(sequence, self.timing.duration_ms)
+        if sequence == 0:
+            return control + _png_chunk(b"IDAT", pixels)
+        return control + _png_chunk(b"fdAT", struct.pack(">I", sequence + 1) + pixels)
+
+    def settle(self, file: GrowingFile, size: int) -> None:
+        file.patch(33, self._frame_count(self.frames))
+
+    def hold(self, file: GrowingFile) -> None:
+        sequence = max(0, 2 * self.frames - 3)
+        file.patch(self.last_offset, self._control(sequence, self.timing.hold_last_ms))
+
+    def _frame_count(self, frames: int) -> bytes:
+        return _png_chunk(b"acTL", struct.pack(">II", frames, self.timing.loop))
+
+    def _control(self, sequence: int, duration_ms: int) -> bytes:
+        place = struct.pack(">5I", sequence, *self._size, 0, 0)
+        return _png_chunk(b"fcTL", place + struct.pack(">HHBB", duration_ms, 1000, 0, 0))
+
+
+def _png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _png_chunks(png: bytes, name: bytes) -> Iterator[bytes]:
+    offset = 8
+    while offset < len(png):
+        length = int.from_bytes(png[offset : offset + 4], "big")
+        if png[offset + 4 : offset + 8] == name:
+            yield png[offset + 8 : offset + 8 + length]
+        offset += 12 + length
+
+
+class Webp(GrowingAnimation):
+    """Animated WebP; source: https://developers.google.com/speed/webp/docs/riff_container .
+
+    Its length stands in its first bytes, and readers do not look beyond it.
+    """
+
+    def header(self, image: Image.Image, block: bytes) -> bytes:
+        canvas = bytes([2, 0, 0, 0]) + _int24(image.width - 1) + _int24(image.height - 1)
+        chunks = _riff_chunk(b"VP8X", canvas)
+        chunks += _riff_chunk(b"ANIM", struct.pack("<IH", 0, self.timing.loop))
+        return struct.pack("<4sI4s", b"RIFF", 4 + len(chunks) + len(block), b"WEBP") + chunks
+
+    def block(self, image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=90, method=4)
+        place = _int24(0) * 2 + _int24(image.width - 1) + _int24(image.height - 1)
+        control = place + _int24(self.timing.duration_ms) + b"\x02"  # 2: replaces the one before
+        return _riff_chunk(b"ANMF", control + buffer.getvalue()[12:])
+
+    def settle(self, file: GrowingFile, size: int) -> None:
+        file.patch(4, struct.pack("<I", size - 8))
+
+    def hold(self, file: GrowingFile) -> None:
+        file.patch(self.last_offset + 20, _int24(self.timing.hold_last_ms))
+
+
+def _riff_chunk(name: bytes, data: bytes) -> bytes:
+    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+
+def _int24(value: int) -> bytes:
+    return value.to_bytes(3, "little")
+
+
+class Mp4:
+    """H.264 in yuv420p with its index in front, which browsers play; encoded by ffmpeg."""
+
+    side_multiple: ClassVar[int] = 2
+
+    def __init__(self, wanted: Path, timing: Timing) -> None:
+        self.path: Path | None = None
+        self._wanted = wanted
+        self._timing = timing
+        self._temporary = temporary_path(wanted.parent)
+        self._ffmpeg: Generator[None, bytes | None, None] | None = None
+        self._last = b""
+        self._frames = 0
+
+    def add(self, image: Image.Image) -> None:
+        if self._ffmpeg is None:
+            self._ffmpeg = self._started(image.size)
+        self._last = image.tobytes()
+        self._send(1)
+
+    def finish(self) -> None:
+        if self._ffmpeg is None:
+            return
+        try:
+            repeats = self._timing.hold_last_ms / self._timing.duration_ms
+            self._send(max(0, round(repeats) - 1))
+            self._stop()
+            self._check()
+            self.path = publish(self._temporary, self._wanted)
+        finally:
+            self._stop()
+            self._temporary.unlink(missing_ok=True)
+
+    def _started(self, size: Size) -> Generator[None, bytes | None, None]:
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
+        self._wanted.parent.mkdir(parents=True, exist_ok=True)
+        ffmpeg: Generator[None, bytes | None, None] = imageio_ffmpeg.write_frames(
+            str(self._temporary),
+            size,
+            fps=1000 / self._timing.duration_ms,
+            quality=8,
+            macro_block_size=self.side_multiple,
+            ffmpeg_log_level="fatal",
+            output_params=["-movflags", "+faststart", "-f", "mp4"],
+        )
+        ffmpeg.send(None)
+        return ffmpeg
+
+    def _send(self, times: int) -> None:
+        assert self._ffmpeg is not None
+        for _ in range(times):
+            try:
+                self._ffmpeg.send(self._last)
+            except (OSError, StopIteration) as error:
+                expected = (
+                    f"ffmpeg must stay alive to encode {self._wanted.name}, got its early end"
+                )
+                raise OSError(f"{expected}; look whether the disk is full") from error
+            self._frames += 1
+
+    def _stop(self) -> None:
+        if self._ffmpeg is not None:
+            self._ffmpeg.close()
+            self._ffmpeg = None
+
+    def _check(self) -> None:
+        """Ask ffmpeg what is in the file, because its writing fails in silence."""
+        import imageio_ffmpeg
+
+        try:
+            found = imageio_ffmpeg.count_frames_and_secs(str(self._temporary))[0]
+        except (OSError, RuntimeError):
+            found = 0
+        if found != self._frames:
+            expected = f"{self._wanted.name} must hold {self._frames} frames"
+            raise OSError(f"{expected}, got {found}; look whether the disk is full")
+
+
+FORMATS: dict[str, type[Animation]] = {
+    ".gif": Gif,
+    ".webp": Webp,
+    ".png": Apng,
+    ".apng": Apng,
+    ".mp4": Mp4,
+}
+
+
+def png_bytes(image: Image.Image, text: dict[str, str] | None = None) -> bytes:
+    """`image` as a PNG, with `text` as its text chunks."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()

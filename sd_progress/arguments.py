@@ -1,0 +1,132 @@
+"""Owns the preview flags that any script can take over, `--write_intermediates` and its kin."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, get_args
+
+from .frame import Source
+
+if TYPE_CHECKING:
+    from .callback import PreviewCallback
+    from .tap import Pipeline
+
+_ANIMATIONS: Final = ".gif, .webp, .png (animated) or .mp4"
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message says in one line why."""
+
+
+def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a script the preview flags, in a group of their own in its `--help`.
+
+    They are `--write_intermediates DIR`, `--preview_gif PATH`, `--preview_every N`,
+    `--preview_vae_every N` and `--preview_source`; dashes work as well as underscores.
+    `preview_from_args` makes a callback of what the user asked for.
+
+    Args:
+        parser: gets one more argument group. Call `parser.set_defaults(preview_gif="run.gif")`
+            or the like afterwards to have previews without asking for them.
+    """
+    group = parser.add_argument_group(
+        "previews", "watch the picture come into being; the result is the same with and without"
+    )
+    group.add_argument(
+        *spellings("write_intermediates"),
+        type=Path,
+        metavar="DIR",
+        help="write a PNG of every step into this folder; it is made if it is not there",
+    )
+    group.add_argument(
+        *spellings("preview_gif"),
+        type=_animation,
+        metavar="PATH",
+        help=f"write the steps as one animation, by suffix {_ANIMATIONS}",
+    )
+    group.add_argument(
+        *spellings("preview_every"),
+        type=whole_number("preview_every", 1, "1 shows every step"),
+        default=1,
+        metavar="N",
+        help="show every Nth step, and the last one in any case (default: 1)",
+    )
+    group.add_argument(
+        *spellings("preview_vae_every"),
+        type=whole_number("preview_vae_every", 1, "leave it out to have none"),
+        metavar="N",
+        help="decode every Nth preview with the model's own VAE: sharp and in full size, but "
+        "slow; all others are quick approximations (default: none)",
+    )
+    group.add_argument(
+        *spellings("preview_source"),
+        choices=[source for source in get_args(Source) if source != "final"],
+        default="denoised",
+        help="denoised: what the model expects the picture to become; noisy: what it works on; "
+        "both: side by side (default: denoised)",
+    )
+
+
+def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallback | None:
+    """The callback that the flags ask for, to pass as `callback_on_step_end`.
+
+    Args:
+        pipe: the pipeline that is going to run.
+        args: from a parser that went through `add_preview_arguments`.
+
+    Returns:
+        None when neither `--write_intermediates` nor `--preview_gif` was given, which pipelines
+        understand as no callback.
+    """
+    if args.write_intermediates is None and args.preview_gif is None:
+        return None
+    from .callback import PreviewCallback
+    from .writers import AnimationWriter, PngFolderWriter
+
+    pngs = [] if args.write_intermediates is None else [PngFolderWriter(args.write_intermediates)]
+    gifs = [] if args.preview_gif is None else [AnimationWriter(args.preview_gif)]
+    return PreviewCallback(
+        pipe,
+        *pngs,
+        *gifs,
+        every=args.preview_every,
+        vae_every=args.preview_vae_every,
+        source=args.preview_source,
+    )
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A flag's option strings, underscores (the flag's `dest`) before dashes, each once."""
+    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def whole_number(name: str, least: int, advice: str) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on, in 64 bits; `advice` ends its message."""
+
+    def parsed(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:
+            expected = f"--{name} must be a whole number from {least} on"
+            raise argparse.ArgumentTypeError(f"{expected}, got {text!r}; {advice}")
+        return value
+
+    return parsed
+
+
+def _animation(text: str) -> Path:
+    from .writers import AnimationWriter
+
+    try:
+        AnimationWriter(text)  # does nothing but check the path
+    except ModuleNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        expected = f"--preview_gif must be a path ending in {_ANIMATIONS}"
+        advice = "for PNGs in a folder use --write_intermediates"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}; {advice}") from None
+    return Path(text)

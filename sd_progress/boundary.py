@@ -1,0 +1,69 @@
+"""Owns the one boundary that no failure of a preview passes on its way to the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+OnError = Literal["warn", "raise"]
+
+_log = logging.getLogger(__name__)
+
+
+class PreviewWarning(UserWarning):
+    """A part of the preview failed or is a makeshift; the run itself is as without a preview."""
+
+
+class Boundary:
+    """Where failures end: told once for each part, or kept to be raised on the caller's thread.
+
+    Args:
+        on_error: `"warn"`, or `"raise"` to have failures raised by `raise_kept`.
+    """
+
+    def __init__(self, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._told: set[str] = set()
+        self._kept: Exception | None = None
+
+    def begin_run(self) -> None:
+        """Each run is told of its own failures."""
+        self._told.clear()
+
+    @contextlib.contextmanager
+    def around(self, part: str) -> Iterator[None]:
+        """Keep a failure of the block from whoever called it; Ctrl-C passes."""
+        try:
+            yield
+        except Exception as error:
+            self.report(part, error)
+
+    def report(self, part: str, error: Exception) -> None:
+        """Tell that `part` failed, if it is the first time."""
+        if self._on_error == "raise":
+            self._kept = self._kept or error
+        else:
+            self.tell(part, f"{part} failed: {type(error).__name__}: {error}; the run goes on")
+
+    def tell(self, topic: str, message: str) -> None:
+        """Warn, the first time for this topic."""
+        if topic not in self._told:
+            self._told.add(topic)
+            warn(message)
+
+    def raise_kept(self) -> None:
+        """With `on_error="raise"`, raise the first failure since the last call."""
+        error, self._kept = self._kept, None
+        if error is not None:
+            raise error
+
+
+def warn(message: str) -> None:
+    """A `PreviewWarning`, or a log record where warnings are errors: nothing may be raised."""
+    try:
+        warnings.warn(message, PreviewWarning, stacklevel=3)
+    except PreviewWarning:
+        _log.warning(message)

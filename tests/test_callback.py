@@ -1,0 +1,500 @@
+"""When previews are made, what belongs to which run, and what happens when a part fails."""
+
+import gc
+import multiprocessing
+import queue
+import threading
+import warnings
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from PIL import Image
+
+from sd_progress.boundary import PreviewWarning
+from sd_progress.callback import PreviewCallback
+from sd_progress.factors import by_name
+
+SIZE = {"height": 16, "width": 24}
+
+
+@pytest.fixture
+def pipe():
+    return tiny.sd()
+
+
+def run(pipe, callback, **arguments):
+    call = tiny.sd_call(pipe, **SIZE, **arguments)
+    return pipe(**call, callback_on_step_end=callback)
+
+
+def frames_of(pipe, *, call=None, **options):
+    frames = []
+    run(pipe, PreviewCallback(pipe, frames.append, **options), **(call or {}))
+    return frames
+
+
+def gif_frames(path):
+    with Image.open(path) as animation:
+        return animation.n_frames
+
+
+# One line, no `with`
+
+
+def test_files_are_complete_when_the_call_returns(pipe, tmp_path):
+    """N PNGs, a whole GIF and N queue frames, in one line."""
+    frames = queue.Queue()
+    run(pipe, PreviewCallback(pipe, tmp_path / "steps", tmp_path / "denoise.gif", frames))
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == [f"step_00{k}.png" for k in range(1, 5)]
+    assert gif_frames(tmp_path / "denoise.gif") == 4
+    assert [frame.step_index for frame in frames.queue] == [0, 1, 2, 3]
+
+
+def test_frames_tell_where_they_are(pipe):
+    """Steps are counted, progress ends at 1, the ETA at 0, and timesteps are the scheduler's."""
+    frames = frames_of(pipe)
+    assert [frame.progress for frame in frames] == [0.25, 0.5, 0.75, 1.0]
+    assert [frame.timestep for frame in frames] == pipe.scheduler.timesteps.tolist()
+    assert all(frame.eta_s > 0 for frame in frames[:-1])
+    assert frames[-1].eta_s == 0
+    assert sorted(frame.elapsed_s for frame in frames) == [frame.elapsed_s for frame in frames]
+
+
+def test_eta_is_the_mean_step_times_the_steps_left(pipe):
+    """With a clock that ticks a second each time it is read, the estimate is exact."""
+    ticks = iter(range(1000))
+    frames = frames_of(pipe, clock=lambda: next(ticks))
+    per_step = frames[1].elapsed_s - frames[0].elapsed_s
+    assert frames[1].eta_s == pytest.approx(2 * per_step)
+    assert frames[2].eta_s == pytest.approx(per_step)
+
+
+def test_initial_and_final_frames(pipe):
+    """On request the noise comes first, and the pipeline's own picture last."""
+    frames = []
+    callback = PreviewCallback(pipe, frames.append, initial=True, final=True)
+    images = run(pipe, callback).images
+    assert [frame.step_index for frame in frames] == [-1, 0, 1, 2, 3, 3]
+    assert [frames[0].source, frames[-1].source] == ["noisy", "final"]
+    np.testing.assert_array_equal(frames[-1].images, (images * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_the_final_frame_is_found_in_any_output_type(pipe, output_type):
+    """PIL pictures, arrays and tensors give the same final frame."""
+    frames = frames_of(pipe, final=True, call={"output_type": output_type, "batch": 2})
+    assert frames[-1].images.shape == (2, 16, 24, 3)
+    assert frames[-1].source == "final"
+
+
+def test_latent_output_has_no_final_frame(pipe):
+    """Where the pipeline finishes no picture, none is shown."""
+    frames = frames_of(pipe, final=True, call={"output_type": "latent"})
+    assert [frame.source for frame in frames] == ["denoised"] * 4
+
+
+# When
+
+
+def test_every(pipe):
+    """Every third step, and the last."""
+    frames = frames_of(pipe, every=3, call={"steps": 7})
+    assert [frame.step_index for frame in frames] == [2, 5, 6]
+
+
+def test_min_interval(pipe):
+    """Frames that come too soon are left out; the last never is."""
+    seconds = iter(range(1000))
+    frames = frames_of(pipe, min_interval_s=1e6, clock=lambda: next(seconds))
+    assert [frame.step_index for frame in frames] == [0, 3]
+
+
+def test_vae_every(pipe):
+    """Every second frame is decoded in full, at full resolution."""
+    frames = frames_of(pipe, vae_every=2)
+    assert [frame.decoder for frame in frames] == ["linear:sd1", "vae"] * 2
+    assert [frame.images.shape for frame in frames[:2]] == [(1, 8, 12, 3), (1, 16, 24, 3)]
+
+
+def test_second_order_schedulers_count_half_steps():
+    """Heun makes 2N-1 callbacks for N steps, and the frames know."""
+    pipe = tiny.sd(scheduler=diffusers.HeunDiscreteScheduler(**tiny.BETAS))
+    frames = frames_of(pipe)
+    assert [frame.step_index for frame in frames] == list(range(7))
+    assert frames[-1].progress == 1.0
+
+
+def test_the_last_frame_of_an_interrupted_run_is_made(pipe):
+    """A run that another callback stops is previewed at the step where it stopped."""
+
+    class Stop(SDCFGCutoffCallback):
+        """Stops after the third step."""
+
+        tensor_inputs = ()
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            pipeline._interrupt = step_index == 2
+            return callback_kwargs
+
+    frames = []
+    mine = PreviewCallback(pipe, frames.append, every=100)
+    run(pipe, MultiPipelineCallbacks([Stop(), mine]), steps=6)
+    assert [frame.step_index for frame in frames] == [2]
+
+
+# What
+
+
+def test_sources(pipe):
+    """Denoised, noisy, and both side by side."""
+    denoised = frames_of(pipe)[0]
+    noisy = frames_of(pipe, source="noisy")[0]
+    both = frames_of(pipe, source="both")[0]
+    side_by_side = np.concatenate([noisy.images, denoised.images], axis=2)
+    np.testing.assert_array_equal(both.images, side_by_side)
+    assert [f.source for f in (denoised, noisy, both)] == ["denoised", "noisy", "both"]
+
+
+def test_at_the_last_step_denoised_is_what_the_run_ends_with(pipe):
+    """With DDIM the last predicted x0 is the final latents, and so is the last noisy frame."""
+    denoised = frames_of(pipe, keep_latents=True)[-1].latents
+    noisy = frames_of(pipe, source="noisy", keep_latents=True)[-1].latents
+    torch.testing.assert_close(denoised, noisy, atol=1e-5, rtol=1e-4)
+    assert frames_of(pipe)[-1].latents is None
+
+
+def test_without_x0_the_frame_is_noisy_and_says_so(pipe):
+    """A loop of one's own that steps no scheduler gives noisy frames."""
+    frames = []
+    with PreviewCallback(pipe, frames.append) as preview:
+        pipe.scheduler.set_timesteps(3)
+        for k, t in enumerate(pipe.scheduler.timesteps):
+            assert preview(pipe, k, t, {"latents": torch.zeros(1, 4, 8, 12)}) == {}
+    assert [frame.source for frame in frames] == ["noisy"] * 3
+    assert frames[-1].is_last
+
+
+def test_batch(pipe):
+    """The whole batch as a grid, or its first picture only."""
+    call = {"batch": 3}
+    assert frames_of(pipe, call=call)[0].image.size == (24, 16)
+    assert frames_of(pipe, batch="first", call=call)[0].image.size == (12, 8)
+
+
+def test_decoders_by_name_and_by_value(pipe):
+    """A row's name, a Factors and a Decoder are all understood."""
+
+    class Grey:
+        """A decoder of one's own."""
+
+        name = "grey"
+
+        def decode(self, latents):
+            return np.full((len(latents), 2, 2, 3), 127, np.uint8)
+
+    assert frames_of(pipe, decoder="keturn/SD1_4")[0].decoder == "linear:keturn/SD1_4"
+    assert frames_of(pipe, decoder=by_name("sdxl"))[0].decoder == "linear:sdxl"
+    assert frames_of(pipe, decoder=Grey())[0].images.mean() == 127
+
+
+def test_an_unknown_vae_is_told_once_and_shown_by_principal_components():
+    """Nothing crashes; the warning says what to do."""
+    pipe = tiny.sd(vae=tiny.vae(scaling_factor=0.7))
+    frames = []
+    with pytest.warns(PreviewWarning, match=r"vae must be .* got AutoencoderKL .*decoder=") as told:
+        callback = PreviewCallback(pipe, frames.append)
+    run(pipe, callback)
+    assert len(told) == 1
+    assert {frame.decoder for frame in frames} == {"pca"}
+
+
+# Several runs
+
+
+def test_runs_do_not_mix(pipe, tmp_path):
+    """One callback, two runs: two folders, two GIFs, all frames denoised."""
+    frames = []
+    callback = PreviewCallback(pipe, tmp_path / "s/", tmp_path / "d.gif", frames.append)
+    run(pipe, callback)
+    run(pipe, callback, steps=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d-2.gif", "d.gif", "s", "s-2"]
+    assert [gif_frames(tmp_path / name) for name in ("d.gif", "d-2.gif")] == [4, 3]
+    assert [frame.run_index for frame in frames] == [0] * 4 + [1] * 3
+    assert {frame.source for frame in frames} == {"denoised"}
+
+
+def test_inside_a_chain_of_callbacks(pipe):
+    """`MultiPipelineCallbacks` gets its dict back, and every frame is made."""
+    frames = []
+    mine = PreviewCallback(pipe, frames.append)
+    chain = MultiPipelineCallbacks([mine, SDCFGCutoffCallback(cutoff_step_ratio=0.5)])
+    watched = run(pipe, chain).images
+    plain = run(pipe, MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.5)])).images
+    assert len(frames) == 4
+    np.testing.assert_array_equal(watched, plain)
+
+
+def test_as_a_context(pipe, tmp_path):
+    """Two runs in one `with`, and the pipeline is untouched after it."""
+    frames = []
+    with PreviewCallback(pipe, tmp_path / "a.gif", frames.append) as preview:
+        run(pipe, preview)
+        run(pipe, preview)
+    assert [frame.source for frame in frames] == ["denoised"] * 8
+    assert gif_frames(tmp_path / "a-2.gif") == 4
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_two_callbacks_on_one_pipeline(pipe):
+    """They share the wrapped step, and either may go first."""
+    first, second = [], []
+    a, b = PreviewCallback(pipe, first.append), PreviewCallback(pipe, second.append)
+    run(pipe, a)
+    run(pipe, b)
+    assert {frame.source for frame in first + second} == {"denoised"}
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_scheduler_exchanged_after_construction(pipe):
+    """The run's own scheduler is listened to, from its first step on."""
+    frames = []
+    callback = PreviewCallback(pipe, frames.append)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(**tiny.BETAS)
+    run(pipe, callback)
+    assert [frame.source for frame in frames] == ["denoised"] * 4
+    assert frames[-1].sigma == 0.0
+
+
+# Interrupted and failed runs
+
+
+class BoomError(Exception):
+    """Raised in the middle of a run."""
+
+
+def failing(pipe, callback, *, at=2, error=BoomError):
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        if step_index == at:
+            raise error
+        return {}
+
+    with pytest.raises(error):
+        run(pipe, chained, steps=6)
+
+
+def wait_for_worker():
+    for thread in threading.enumerate():
+        if thread.name == "sd-progress":
+            thread.join(timeout=20)
+
+
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
+def test_a_failed_run_keeps_what_was_made(pipe, tmp_path, error):
+    """Without a `with`, the worker notices that the call is gone and completes the files."""
+    callback = PreviewCallback(pipe, tmp_path / "s/", tmp_path / "d.gif", tmp_path / "d.webp")
+    failing(pipe, callback, error=error)
+    wait_for_worker()
+    assert len(list((tmp_path / "s").glob("*.png"))) == 3
+    assert gif_frames(tmp_path / "d.gif") == gif_frames(tmp_path / "d.webp") == 3
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_failed_run_in_a_context(pipe, tmp_path):
+    """With a `with`, the files are complete when the exception leaves it."""
+    with PreviewCallback(pipe, tmp_path / "d.webp") as preview:
+        failing(pipe, preview)
+    assert gif_frames(tmp_path / "d.webp") == 3
+    assert "maybe_free_model_hooks" not in vars(pipe)
+
+
+def test_a_run_right_after_a_failed_one(pipe, tmp_path):
+    """The next run is a run of its own, whether or not the failed one was noticed yet."""
+    frames = []
+    callback = PreviewCallback(pipe, tmp_path / "d.gif", frames.append)
+    failing(pipe, callback)
+    run(pipe, callback)
+    assert [frame.run_index for frame in frames] == [0] * 3 + [1] * 4
+    assert [frame.source for frame in frames] == ["denoised"] * 7
+    assert [gif_frames(tmp_path / name) for name in ("d.gif", "d-2.gif")] == [3, 4]
+
+
+def test_no_thread_outlives_its_run(pipe):
+    """After the call returned, the worker is gone."""
+    frames_of(pipe)
+    gc.collect()
+    assert "sd-progress" not in {thread.name for thread in threading.enumerate()}
+
+
+# Failing parts
+
+
+class Broken:
+    """A writer that fails at its second frame."""
+
+    def __init__(self):
+        self.frames = self.closed = 0
+
+    def write(self, frame):
+        self.frames += 1
+        if self.frames == 2:
+            raise OSError("the disk is full")
+
+    def close(self):
+        self.closed += 1
+
+
+def closed_queue():
+    frames = multiprocessing.Queue()
+    frames.close()
+    return frames
+
+
+def cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path / "file" / "steps/"
+
+
+@pytest.mark.parametrize(
+    ("make_target", "cause"),
+    [
+        (lambda tmp_path: Broken(), "the disk is full"),
+        (cannot_be_made, "Not a directory|FileExistsError|NotADirectoryError"),
+        (lambda tmp_path: closed_queue(), "closed"),
+        (lambda tmp_path: lambda frame: 1 / 0, "ZeroDivisionError"),
+    ],
+    ids=["writer", "folder", "queue", "callable"],
+)
+def test_a_failing_target_is_told_once_and_harms_nothing_else(pipe, tmp_path, make_target, cause):
+    """One warning with the cause; the run is as ever, and the other targets are complete."""
+    plain = run(pipe, None).images
+    frames = []
+    target = make_target(tmp_path)
+    callback = PreviewCallback(pipe, tmp_path / "a.gif", target, frames.append)
+    with pytest.warns(PreviewWarning, match=cause) as told:
+        images = run(pipe, callback).images
+    assert len(told) == 1
+    np.testing.assert_array_equal(images, plain)
+    assert (len(frames), gif_frames(tmp_path / "a.gif")) == (4, 4)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk(pipe):
+    """A write that meets a full disk is such a failure."""
+    frames = []
+
+    def write(frame):
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(frame.to_bytes())
+
+    with pytest.warns(PreviewWarning, match="No space left on device"):
+        run(pipe, PreviewCallback(pipe, write, frames.append))
+    assert len(frames) == 4
+
+
+def test_a_failing_decoder_harms_nothing(pipe):
+    """No frame is made, one warning says why, the run is as ever."""
+    plain = run(pipe, None).images
+    callback = PreviewCallback(pipe, print, decoder=by_name("flux"))
+    with pytest.warns(PreviewWarning, match=r"latents must be \(B, 16, h, w\)") as told:
+        images = run(pipe, callback).images
+    assert len(told) == 1
+    np.testing.assert_array_equal(images, plain)
+
+
+def test_nan_latents_are_told_once_and_shown_grey():
+    """A run that breaks is told of, and previewed to its end."""
+    vae, unet = tiny.vae(), tiny.unet()
+    torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
+    pipe = tiny.sd(vae=vae, unet=unet)
+    frames = []
+    callback = PreviewCallback(pipe, frames.append)
+    with pytest.warns(PreviewWarning, match=r"latents must be finite, got NaN") as told:
+        run(pipe, callback, output_type="latent")
+    assert len(told) == 1
+    assert [int(frame.images.mean()) for frame in frames] == [128] * 4
+
+
+def test_a_vae_that_fails_falls_back_to_the_linear_map(pipe):
+    """A decode that gives NaN is told of once; the frames are linear from there on."""
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("nan"))
+    frames = []
+    callback = PreviewCallback(pipe, frames.append, vae_every=1)
+    with pytest.warns(PreviewWarning, match=r"vae.decode must give finite values") as told:
+        run(pipe, callback, output_type="latent")
+    assert len(told) == 1
+    assert [frame.decoder for frame in frames] == ["linear:sd1"] * 4
+
+
+def test_on_error_raise(pipe):
+    """On request a failure comes out of the pipeline call."""
+    callback = PreviewCallback(pipe, Broken(), on_error="raise")
+    with pytest.raises(OSError, match="the disk is full"):
+        run(pipe, callback)
+    callback.close()
+
+
+def test_warnings_that_are_errors_do_not_break_the_run(pipe):
+    """With `-W error` a failure is logged instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PreviewWarning)
+        images = run(pipe, PreviewCallback(pipe, Broken())).images
+    assert np.isfinite(images).all()
+
+
+def test_without_latents_the_message_says_what_to_pass(pipe):
+    """A call that hands over no latents is told how to."""
+    callback = PreviewCallback(pipe, print)
+    with pytest.warns(PreviewWarning, match=r"callback_on_step_end_tensor_inputs=\['latents'\]"):
+        assert callback(pipe, 0, 1, {}) == {}
+    callback.close()
+
+
+# Wrong options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, r"every must be a whole number from 1 on, got 0; "),
+        ({"every": True}, r"every must be .* got True"),
+        ({"every": 1.5}, r"every must be .* got 1.5"),
+        ({"vae_every": 0}, r"vae_every must be a whole number from 1 on, got 0; None"),
+        ({"source": "x0"}, r"source must be one of 'denoised', 'noisy', 'both', got 'x0'"),
+        ({"batch": "all"}, r"batch must be one of 'grid', 'first', got 'all'"),
+        ({"on_error": "ignore"}, r"on_error must be one of 'warn', 'raise', got 'ignore'"),
+        ({"min_interval_s": -1}, r"min_interval_s must be seconds from 0 on, got -1"),
+        ({"decoder": "sd15"}, r"decoder must be .* got 'sd15'; did you mean"),
+    ],
+)
+def test_wrong_options_raise_at_construction(pipe, options, message):
+    """The message says what was expected, what came, and what to do."""
+    with pytest.raises(ValueError, match=message):
+        PreviewCallback(pipe, print, **options)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_wrong_pipelines_targets_and_decoders(pipe):
+    """So do a pipeline that is none, no target, an odd target and an odd decoder."""
+    with pytest.raises(TypeError, match=r"pipe must be a diffusers pipeline .* got str; pass"):
+        PreviewCallback("steps/", pipe)
+    with pytest.raises(ValueError, match="targets must be at least one, got none"):
+        PreviewCallback(pipe)
+    with pytest.raises(TypeError, match="target must be"):
+        PreviewCallback(pipe, 7)
+    with pytest.raises(TypeError, match="decoder must be 'auto'"):
+        PreviewCallback(pipe, print, decoder=7)
+
+
+def test_vae_every_needs_a_vae():
+    """A pipeline without one is told so."""
+    pipe = tiny.sd()
+    pipe.vae = None
+    with pytest.raises(ValueError, match="vae_every must be None for a pipeline without a VAE"):
+        PreviewCallback(pipe, print, vae_every=2)
