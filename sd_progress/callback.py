@@ -170,7 +170,7 @@ class PreviewCallback:
         """
         is_chained = is_called_by_chain()
         boundary = self._parts.boundary
-        with boundary.around("the preview of a step"):
+        with boundary.around("the preview of a step"), torch.no_grad():
             self._step(pipe, timestep, _latents(callback_kwargs))
         boundary.raise_kept()
         return callback_kwargs if is_chained else {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -159,8 +161,15 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 def _decode_method(vae: nn.Module, *, hooked: bool) -> Callable[..., Sequence[Tensor]]:
     """`vae.decode`; where no hooks bring its weights, past the one that offloads the denoiser."""
     decode = getattr(type(vae), "decode")  # noqa: B009 - nn.Module's type has none
-    plain = decode if hooked else getattr(decode, "__wrapped__", decode)
-    return functools.partial(plain, vae)
+    return functools.partial(decode if hooked else _without_forward_hook(decode), vae)
+
+
+def _without_forward_hook(decode: FunctionType) -> Callable[..., Sequence[Tensor]]:
+    """What `apply_forward_hook` decorated; before diffusers 0.42 only its closure knows."""
+    plain = getattr(decode, "__wrapped__", None)
+    if plain is None and "apply_forward_hook" in decode.__qualname__:
+        plain = inspect.getclosurevars(decode).nonlocals["method"]
+    return cast(Callable[..., Sequence[Tensor]], plain or decode)
 
 
 def _decoder_parts(vae: nn.Module) -> Iterator[nn.Module]:

@@ -84,7 +84,6 @@ class Worker(Generic[Job]):
 
     def finish(self) -> None:
         """Wait until all jobs are handled and the thread has ended; again does nothing."""
-        atexit.unregister(self.finish)
         self._jobs.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
