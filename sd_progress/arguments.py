@@ -51,7 +51,7 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number("preview_every", 1, "1 shows every step"),
         default=1,
         metavar="N",
-        help="show every Nth step, and the last one in any case (default: 1)",
+        help="show every Nth step, and the last one in any case (default: %(default)s)",
     )
     group.add_argument(
         *spellings("preview_vae_every"),
@@ -65,7 +65,7 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[source for source in get_args(Source) if source != "final"],
         default="denoised",
         help="denoised: what the model expects the picture to become; noisy: what it works on; "
-        "both: side by side (default: denoised)",
+        "both: side by side (default: %(default)s)",
     )
 
 

@@ -27,11 +27,12 @@ class Boundary:
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
         self._told: set[str] = set()
-        self._kept: Exception | None = None
+        self._kept: BaseException | None = None
 
     def begin_run(self) -> None:
-        """Each run is told of its own failures."""
+        """Each run is told of its own failures, and of nothing from before."""
         self._told.clear()
+        self._kept = None
 
     @contextlib.contextmanager
     def around(self, part: str) -> Iterator[None]:
@@ -41,12 +42,12 @@ class Boundary:
         except Exception as error:
             self.report(part, error)
 
-    def report(self, part: str, error: Exception) -> None:
+    def report(self, part: str, error: BaseException) -> None:
         """Tell that `part` failed, if it is the first time."""
         if self._on_error == "raise":
             self._kept = self._kept or error
         else:
-            self.tell(part, f"{part} failed: {type(error).__name__}: {error}; the run goes on")
+            self.tell(part, f"{part} failed: {_described(error)}; the run goes on")
 
     def tell(self, topic: str, message: str) -> None:
         """Warn, the first time for this topic."""
@@ -65,5 +66,12 @@ def warn(message: str) -> None:
     """A `PreviewWarning`, or a log record where warnings are errors: nothing may be raised."""
     try:
         warnings.warn(message, PreviewWarning, stacklevel=3)
-    except PreviewWarning:
+    except Exception:  # the warning itself, or what a `showwarning` or a closed stream raises
         _log.warning(message)
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # there are exceptions that cannot say what they are
+        return type(error).__name__

@@ -27,7 +27,7 @@ from .tap import (
     SchedulerTap,
     call_code,
     enclosing_call,
-    is_called_by_chain,
+    is_called_by,
     listen,
     local,
 )
@@ -110,22 +110,23 @@ class PreviewCallback:
             every, vae_every, min_interval_s, source, batch, initial, final, keep_latents
         )
         vae = vae_of(pipe)
+        boundary = Boundary(on_error)
         self._parts = Parts(
             options=self._options,
             layout=layout_for(pipe),
-            decoder=_decoder(decoder, vae),
+            make_decoder=_decoder_maker(decoder, vae),
             vae_decoder=None if vae_every is None else _vae_decoder(vae),
             writers=tuple(map(writer_for, targets)),
-            boundary=Boundary(on_error),
-            tap=SchedulerTap(clock),
+            boundary=boundary,
+            tap=SchedulerTap(clock, boundary),
             clock=clock,
         )
         self._pipe = weakref.ref(pipe)
         self._is_entered = False
         self._run: Run | None = None
-        self._runs_begun = 0
-        weakref.finalize(self, self._parts.tap.detach).atexit = False
-        self._arm(pipe)
+        self._runs_begun = self._runs_at_entry = 0
+        self._ears: _Ears | None = None
+        self._listen(pipe)
 
     @property
     def writers(self) -> tuple[Writer, ...]:
@@ -135,10 +136,11 @@ class PreviewCallback:
     @property
     def tensor_inputs(self) -> list[str]:
         """What diffusers must hand over; read by it as a run begins, which prepares that run."""
-        pipe = self._pipe()
-        if pipe is not None and not self._is_running():
-            self._finish()
-            self._arm(pipe)
+        with self._parts.boundary.around("preparing for a run"):
+            pipe = self._pipe()
+            if pipe is not None and not self._is_running():
+                self._finish()
+                self._listen(pipe)
         return ["latents"]
 
     # diffusers asks `isinstance(callback, PipelineCallback)` before it reads `tensor_inputs`.
@@ -165,10 +167,10 @@ class PreviewCallback:
             callback_kwargs: `latents`, as the pipeline steps them.
 
         Returns:
-            {} to a pipeline, which changes nothing in any of them; the given dict to a
-            `MultiPipelineCallbacks`, which passes it on.
+            {} to a pipeline, which changes nothing in any of them; the given dict to whoever else
+            calls, such as a `MultiPipelineCallbacks`, which passes it on.
         """
-        is_chained = is_called_by_chain()
+        is_chained = not is_called_by(call_code(type(pipe)))
         boundary = self._parts.boundary
         with boundary.around("the preview of a step"), torch.no_grad():
             self._step(pipe, timestep, _latents(callback_kwargs))
@@ -178,9 +180,10 @@ class PreviewCallback:
     def __enter__(self) -> PreviewCallback:
         """Listen from now on; returns the callback."""
         self._is_entered = True
+        self._runs_at_entry = self._runs_begun
         pipe = self._pipe()
         if pipe is not None:
-            self._arm(pipe)
+            self._listen(pipe)
         return self
 
     def __exit__(
@@ -191,40 +194,74 @@ class PreviewCallback:
     ) -> None:
         """Complete all files and leave the pipeline as it was found; passes exceptions on."""
         self._is_entered = False
-        self.close()
+        self._end()
+        if error is None:
+            self._parts.boundary.raise_kept()
+            if self._runs_begun == self._runs_at_entry:
+                warn(
+                    "the pipeline must be given the callback, got no step of any run; "
+                    "pass it: pipe(..., callback_on_step_end=preview)"
+                )
 
     def close(self) -> None:
         """End the run, if there is one, and leave the pipeline as it was found.
 
         Needed only when neither a `with` block nor the end of a pipeline call does it. The callback
         can be used again.
+
+        Raises:
+            RuntimeError: it is one of the targets that calls, which would wait for itself.
         """
-        self._finish()
-        self._parts.tap.detach()
+        if self._run is not None and self._run.is_current_thread:
+            raise RuntimeError(
+                "close must be called from outside, got a call from a preview target; "
+                "set pipe._interrupt = True to end the run itself"
+            )
+        self._end()
         self._parts.boundary.raise_kept()
+
+    def _end(self) -> None:
+        self._finish()
+        if self._ears is not None:
+            self._ears.close()
 
     # One run after the other --------------------------------------------------------------
 
-    def _arm(self, pipe: Pipeline) -> None:
-        self._parts.tap.forget()
-        self._parts.tap.attach(pipe.scheduler)
+    def _listen(self, pipe: Pipeline) -> None:
+        """Hear the pipeline's steps and the end of its calls, from now until the run is over."""
+        ears = self._ears
+        if ears is None or ears.is_closed or ears.pipe() is not pipe:
+            if ears is not None:
+                ears.close()
+            self._ears = _Ears(self, pipe, self._parts.tap)
+        elif self._run is None:
+            self._parts.tap.forget()
+        self._parts.tap.attach(pipe.scheduler)  # a no-op, unless the scheduler was exchanged
 
     def _step(self, pipe: Pipeline, timestep: object, latents: Tensor) -> None:
         call = enclosing_call(call_code(type(pipe)))
         run = self._current_run(pipe, call)
-        self._parts.tap.attach(pipe.scheduler)  # a no-op, unless the scheduler was exchanged
         run.step(timestep, latents, is_last=bool(getattr(pipe, "_interrupt", False)))
-        if run.is_complete and (call is None or _END not in call.f_code.co_names):
+        if run.is_complete and (call is None or not _ends_with_a_sign(call)):
             self._finish()
 
     def _current_run(self, pipe: Pipeline, call: FrameType | None) -> Run:
         run = self._run
-        if run is None or run.is_over or run.call is not call:
-            self._finish()
-            run = self._run = self._begin(pipe, call)
+        if run is not None and not run.is_over and run.call is call:
+            if self._ears is not None and self._ears.pipe() is pipe:
+                self._parts.tap.attach(pipe.scheduler)
+            return run
+        if run is not None:
+            run.finish()
+            self._parts.tap.forget_earlier()
+        self._run = run = self._begin(pipe, call, previous=run)
         return run
 
-    def _begin(self, pipe: Pipeline, call: FrameType | None) -> Run:
+    def _begin(self, pipe: Pipeline, call: FrameType | None, previous: Run | None) -> Run:
+        if self._ears is None or self._ears.is_closed or self._ears.pipe() is not pipe:
+            self._listen(pipe)
+        assert self._ears is not None
+        self._parts.tap.attach(pipe.scheduler)
         started_s = self._parts.tap.started_s
         run = Run(
             self._parts,
@@ -232,13 +269,10 @@ class PreviewCallback:
             num_steps=_num_callbacks(pipe),
             call=call,
             started_s=self._parts.clock() if started_s is None else started_s,
+            undo=_nothing if self._is_entered else self._ears.close,
+            previous=previous,
         )
         self._runs_begun += 1
-        if hasattr(pipe, _END):
-            ended = functools.partial(_call_ended, weakref.ref(self), weakref.ref(pipe))
-            run.undo.append(listen(pipe, _END, ended))
-        if not self._is_entered:
-            run.undo.append(self._parts.tap.disarmer())
         return run
 
     def _is_running(self) -> bool:
@@ -250,33 +284,73 @@ class PreviewCallback:
     def _on_call_ended(self, pipe: Pipeline) -> None:
         run, call = self._run, enclosing_call(call_code(type(pipe)))
         if run is None or call is None or run.call is not call:
+            if run is None:
+                self._parts.tap.forget()  # that call was not ours: keep nothing of it
             return
-        if self._options.final:
-            with self._parts.boundary.around("the final picture"):
-                images = _finished_images(local(call, "image", "images"))
-                if images is not None:
-                    run.submit_final(images)
+        with self._parts.boundary.around("the last frame"), torch.no_grad():
+            run.submit_skipped()
+            images = _finished_images(local(call, "image", "images"))
+            if self._options.final and images is not None:
+                run.submit_final(images)
         self._finish()
         self._parts.boundary.raise_kept()
 
     def _finish(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
+        run = self._run
+        if run is not None and not run.is_current_thread:
             run.finish()
+            self._run = None
             self._parts.tap.forget()
 
 
-def _call_ended(
-    callback_ref: weakref.ref[PreviewCallback],
-    pipe_ref: weakref.ref[Pipeline],
-    before: object,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    output: object,
-) -> None:
-    callback, pipe = callback_ref(), pipe_ref()
-    if callback is not None and pipe is not None:
-        callback._on_call_ended(pipe)
+class _Ears:
+    """What is put on a pipeline while it is listened to; taken away once, by whoever comes first.
+
+    Knows the callback only weakly, so that a callback that nobody holds any more is freed, and
+    takes its wrappers along.
+    """
+
+    def __init__(self, callback: PreviewCallback, pipe: Pipeline, tap: SchedulerTap) -> None:
+        self.pipe = weakref.ref(pipe)
+        self.is_closed = False
+        self._tap = tap
+        self._callback = weakref.ref(callback)
+        self._stop = listen(pipe, _END, self) if hasattr(type(pipe), _END) else _nothing
+        self._finalizer = weakref.finalize(callback, self.close)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Leave the pipeline as it was found; again does nothing."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._finalizer.detach()
+            self._stop()
+            self._tap.detach()
+
+    def before(self, owner: object) -> object:
+        """Nothing is to be seen yet."""
+
+    def after(
+        self,
+        owner: object,
+        seen: object,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        output: object,
+    ) -> None:
+        """The pipeline's call is about to return."""
+        callback, pipe = self._callback(), self.pipe()
+        if callback is not None and pipe is not None:
+            callback._on_call_ended(pipe)
+
+
+def _nothing() -> None:
+    """Nothing is there to undo."""
+
+
+def _ends_with_a_sign(call: FrameType) -> bool:
+    """Whether a call will still tell of its end; some leave early when latents are asked for."""
+    return _END in call.f_code.co_names and local(call, "output_type") != "latent"
 
 
 def _latents(callback_kwargs: Mapping[str, object]) -> Tensor:
@@ -309,26 +383,31 @@ def _finished_images(output: object) -> NDArray[np.uint8] | None:
     return None
 
 
+def _decoder_maker(decoder: str | Factors | Decoder, vae: object) -> Callable[[], Decoder]:
+    """What gives each run its decoder: principal components start anew, all others are shared."""
+    if decoder == "auto":
+        found = None if vae is None else factors.find(vae)
+        if found is None and vae is not None:
+            warn(factors.explain_unknown(vae))
+        return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
+    return functools.partial(_itself, _decoder(decoder, vae))
+
+
+def _itself(decoder: Decoder) -> Decoder:
+    return decoder
+
+
 def _decoder(decoder: str | Factors | Decoder, vae: object) -> Decoder:
     if isinstance(decoder, Factors):
         return LinearDecoder(decoder)
     if isinstance(decoder, str):
-        return _auto_decoder(vae) if decoder == "auto" else _named_decoder(decoder, vae)
+        return _named_decoder(decoder, vae)
     if isinstance(decoder, Decoder):
         return decoder
     raise TypeError(
         f"decoder must be 'auto', the name of factors, a Factors or a Decoder, got "
         f"{type(decoder).__name__}; a Decoder has `name` and `decode(latents)`"
     )
-
-
-def _auto_decoder(vae: object) -> Decoder:
-    found = None if vae is None else factors.find(vae)
-    if found is not None:
-        return LinearDecoder(found)
-    if vae is not None:
-        warn(factors.explain_unknown(vae))
-    return PcaDecoder()
 
 
 def _named_decoder(name: str, vae: object) -> Decoder:

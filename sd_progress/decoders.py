@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType
 from typing import Protocol, cast, runtime_checkable
 
@@ -102,8 +104,8 @@ class PcaDecoder:
         """Mean (C,), up to three axes (C, 3) and their standard deviations (3,), of all so far."""
         if self._sum is None or self._products is None or len(self._sum) != rows.shape[1]:
             self._count, self._axes = 0.0, None
-            self._sum = torch.zeros(rows.shape[1], dtype=torch.double)
-            self._products = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.double)
+            self._sum = torch.zeros(rows.shape[1], dtype=torch.double, device="cpu")
+            self._products = torch.outer(self._sum, self._sum)
         self._count += len(rows)
         self._sum += rows.sum(dim=0)
         self._products += rows.T @ rows
@@ -137,7 +139,7 @@ class VaeDecoder:
         """
         device, dtype = _execution_device(self._vae), _decode_dtype(self._vae)
         hooked = _streams_weights(self._vae)
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with torch.no_grad(), _own_random_state(device), _uncompiled(), ExitStack() as stack:
             if not hooked:
                 stack.enter_context(_lent_weights(self._vae, device, dtype))
             decode = _decode_method(self._vae, hooked=hooked)
@@ -185,6 +187,18 @@ def _tensors(vae: nn.Module) -> Iterator[Tensor]:
     for part in _decoder_parts(vae):
         yield from part.parameters()
         yield from part.buffers()
+
+
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """What a decoder draws (some draw noise) is not drawn from the run's random state."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """A preview's shapes must not make the run's compiled decoder compile itself anew."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    return cast(AbstractContextManager[object], torch.compiler.set_stance("force_eager"))
 
 
 def _execution_device(vae: nn.Module) -> torch.device:

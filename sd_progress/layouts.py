@@ -47,7 +47,9 @@ class VaeStatistics:
 
         def column(name: str) -> Tensor | None:
             value = read(name)
-            return None if value is None else torch.tensor(value).float().reshape(1, -1, 1, 1)
+            if value is None:
+                return None
+            return torch.tensor(value, device="cpu").float().reshape(1, -1, 1, 1)
 
         channels = read("latent_channels")
         scaling_factor = number("scaling_factor")

@@ -10,16 +10,19 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Protocol
 
+from .boundary import Boundary
 from .x0 import StepCall
 
-_LISTENERS = "_sd_progress_listeners"
-_SHADOWED = "_sd_progress_shadowed"
+_OURS = "_sd_progress_wrapper"
+_lock = threading.RLock()  # several callbacks may come and go on one scheduler, in any thread
 
 
 class Pipeline(Protocol):
@@ -31,84 +34,103 @@ class Pipeline(Protocol):
         """Called by pipelines at the end of `__call__`."""
 
 
-class MethodListener(Protocol):
-    """Called after each call of a wrapped method; must not raise."""
+class Listener(Protocol):
+    """Is told of each call of a method; must not raise, because the caller is the run itself."""
 
-    def __call__(
+    def before(self, owner: object) -> object:
+        """Just before the call; what is returned here is given to `after`."""
+
+    def after(
         self,
-        before: object,
+        owner: object,
+        seen: object,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
         output: object,
     ) -> None:
-        """`before` is what the wrapper's `look` saw just before the call."""
+        """Just after the call, with what the method was given and what it returned."""
 
 
-def listen(
-    owner: object,
-    method: str,
-    listener: MethodListener,
-    look: Callable[[object], object] = lambda owner: None,
-) -> Callable[[], None]:
-    """Have `listener` called after every call of `owner.method`; returns the undo.
+@dataclass(frozen=True, eq=False)
+class _Wrapper:
+    """What is known of a wrapped method: our function, who listens, and what was there before."""
+
+    function: Callable[..., object]
+    listeners: list[Listener]
+    shadowed: Callable[..., object] | None
+
+
+def listen(owner: object, method: str, listener: Listener) -> Callable[[], None]:
+    """Have `listener` told of every call of `owner.method`; returns the undo, to be called once.
 
     The wrapper is an instance attribute bound with `types.MethodType`, because pipelines deep-copy
     schedulers (the copy then steps itself, unheard) and inspect the signature of `step`. Several
-    listeners share one wrapper; the last one to leave removes it.
-
-    Args:
-        owner: a scheduler or pipeline.
-        method: the name of its method.
-        listener: called after the method returned, with what it was given and what it returned.
-        look: reads the state of `owner` just before the call.
+    listeners share one wrapper; the last one to leave removes it. A shallow copy made meanwhile
+    would step its original: no attribute of an instance can help that.
     """
-    listeners = getattr(vars(owner).get(method), _LISTENERS, None)
-    if listeners is None:
-        listeners = _wrap(owner, method, look)
-    listeners.append(listener)
-    return functools.partial(_unlisten, weakref.ref(owner), method, listeners, listener)
+    with _lock:
+        wrapper = _wrapper_of(owner, method) or _wrap(owner, method)
+        wrapper.listeners.append(listener)
+    return functools.partial(_unlisten, weakref.ref(owner), method, wrapper, listener)
 
 
-def _wrap(owner: object, method: str, look: Callable[[object], object]) -> list[MethodListener]:
-    listeners: list[MethodListener] = []
+def _wrapper_of(owner: object, method: str) -> _Wrapper | None:
+    """Ours, and not one that took over our attributes with `functools.wraps`."""
+    bound = vars(owner).get(method)
+    wrapper = getattr(bound, _OURS, None)
+    is_ours = wrapper is not None and getattr(bound, "__func__", None) is wrapper.function
+    return wrapper if is_ours else None
+
+
+def _wrap(owner: object, method: str) -> _Wrapper:
+    listeners: list[Listener] = []
     shadowed = vars(owner).get(method)  # someone else's wrapper on the instance, if any
     plain = getattr(type(owner), method)
     owner_ref = weakref.ref(owner)
 
     @functools.wraps(plain)
     def heard(self: object, *args: object, **kwargs: object) -> object:
+        if self is not owner_ref():
+            return _as_it_was(self, method, wrapper)(*args, **kwargs)
         original = shadowed or functools.partial(plain, self)
-        if self is not owner_ref() or not listeners:
-            return original(*args, **kwargs)
-        before = look(self)
+        told = tuple(listeners)
+        seen = [listener.before(self) for listener in told]
         output = original(*args, **kwargs)
-        for listener in tuple(listeners):
-            listener(before, args, kwargs, output)
+        for listener, saw in zip(told, seen, strict=True):
+            listener.after(self, saw, args, kwargs, output)
         return output
 
-    setattr(heard, _LISTENERS, listeners)
-    setattr(heard, _SHADOWED, shadowed)
+    wrapper = _Wrapper(heard, listeners, shadowed)
+    setattr(heard, _OURS, wrapper)
     vars(owner)[method] = types.MethodType(heard, owner)
-    return listeners
+    return wrapper
+
+
+def _as_it_was(copied: object, method: str, wrapper: _Wrapper) -> Callable[..., object]:
+    """The method of a deep copy, from which our wrapper is taken away."""
+    if _wrapper_of(copied, method) is wrapper:
+        del vars(copied)[method]
+        if wrapper.shadowed is not None:
+            function = getattr(wrapper.shadowed, "__func__", None)
+            rebound = wrapper.shadowed if function is None else types.MethodType(function, copied)
+            vars(copied)[method] = rebound
+    method_of_copy: Callable[..., object] = getattr(copied, method)
+    return method_of_copy
 
 
 def _unlisten(
-    owner_ref: weakref.ref[object],
-    method: str,
-    listeners: list[MethodListener],
-    listener: MethodListener,
+    owner_ref: weakref.ref[object], method: str, wrapper: _Wrapper, listener: Listener
 ) -> None:
-    if listener in listeners:
-        listeners.remove(listener)
-    owner = owner_ref()
-    wrapper = vars(owner).get(method) if owner is not None else None
-    if listeners or getattr(wrapper, _LISTENERS, None) is not listeners:
-        return
-    shadowed = getattr(wrapper, _SHADOWED)
-    if shadowed is None:
-        del vars(owner)[method]
-    else:
-        vars(owner)[method] = shadowed
+    with _lock:
+        if listener in wrapper.listeners:
+            wrapper.listeners.remove(listener)
+        owner = owner_ref()
+        if owner is None or wrapper.listeners or _wrapper_of(owner, method) is not wrapper:
+            return
+        if wrapper.shadowed is None:
+            del vars(owner)[method]
+        else:
+            vars(owner)[method] = wrapper.shadowed
 
 
 class SchedulerTap:
@@ -118,13 +140,14 @@ class SchedulerTap:
     next step or when they are taken.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], boundary: Boundary) -> None:
         self._clock = clock
+        self._boundary = boundary
         self._scheduler: weakref.ref[object] | None = None
+        self._signature: inspect.Signature | None = None
         self._stop: Callable[[], None] | None = None
         self._last: StepCall | None = None
         self._steps = 0
-        self._attachments = 0
         self.started_s: float | None = None
 
     def attach(self, scheduler: object) -> None:
@@ -136,65 +159,60 @@ class SchedulerTap:
         step = getattr(type(scheduler), "step", None)
         if step is None:
             return
-        signature = inspect.signature(step)
-        self._attachments += 1
-        self._scheduler = weakref.ref(scheduler)
-        record = functools.partial(self._record, signature, self._scheduler)
-        self._stop = listen(scheduler, "step", record, look=self._look)
+        with self._boundary.around("listening to the scheduler"):
+            self._signature = inspect.signature(step)
+            self._scheduler = weakref.ref(scheduler)
+            self._stop = listen(scheduler, "step", self)
 
     def detach(self) -> None:
         """Leave the scheduler as it was found."""
-        if self._stop is not None:
-            self._stop()
-        self._stop = self._scheduler = None
+        stop, self._stop, self._scheduler = self._stop, None, None
+        if stop is not None:
+            stop()
         self.forget()
-
-    def disarmer(self) -> Callable[[], None]:
-        """What detaches, unless the tap was attached anew in the meantime."""
-        attachment = self._attachments
-
-        def disarm() -> None:
-            if attachment == self._attachments:
-                self.detach()
-
-        return disarm
 
     def forget(self) -> None:
         """Start anew: the next step is a run's first."""
         self._last, self._steps, self.started_s = None, 0, None
+
+    def forget_earlier(self) -> None:
+        """The last step was the first of a new run; what was before it is forgotten."""
+        self._steps, self.started_s = min(self._steps, 1), None
 
     def take(self) -> tuple[StepCall | None, bool]:
         """The step since the last `take`, and whether it was the first of its run."""
         last, self._last = self._last, None
         return last, self._steps == 1
 
-    def _look(self, scheduler: object) -> tuple[int | None, bool]:
-        if self.started_s is None:
-            self.started_s = self._clock()
-        index = getattr(scheduler, "step_index", None)
-        return index, bool(getattr(scheduler, "state_in_first_order", True))
+    def before(self, owner: object) -> object:
+        """Read what the step is going to change."""
+        with self._boundary.around("reading the scheduler"):
+            if self.started_s is None:
+                self.started_s = self._clock()
+            index = getattr(owner, "step_index", None)
+            return index, bool(getattr(owner, "state_in_first_order", True))
+        return None
 
-    def _record(
+    def after(
         self,
-        signature: inspect.Signature,
-        scheduler_ref: weakref.ref[object],
-        before: object,
+        owner: object,
+        seen: object,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
         output: object,
     ) -> None:
-        scheduler = scheduler_ref()
-        assert isinstance(before, tuple)
-        index, is_first_order = before
-        if index is None:  # set by step() itself, which then counted one up
-            after = getattr(scheduler, "step_index", None)
-            index = after - 1 if isinstance(after, int) else None
-        try:
-            bound = signature.bind(scheduler, *args, **kwargs).arguments
-        except TypeError:  # another's wrapper takes other arguments: no x0 from this step
-            return
-        self._steps += 1
-        self._last = StepCall(scheduler, bound, index, is_first_order, output)
+        """Keep the call, by the names of its parameters."""
+        self._last = None
+        with self._boundary.around("reading the scheduler's step"):
+            if not isinstance(seen, tuple) or self._signature is None:
+                return
+            index, is_first_order = seen
+            if index is None:  # set by step() itself, which then counted one up
+                counted = getattr(owner, "step_index", None)
+                index = counted - 1 if isinstance(counted, int) else None
+            bound = self._signature.bind(owner, *args, **kwargs).arguments
+            self._steps += 1
+            self._last = StepCall(owner, bound, index, is_first_order, output)
 
 
 @functools.cache
@@ -227,9 +245,6 @@ def local(call: FrameType, *names: str) -> object:
     return next((found[name] for name in names if name in found), None)
 
 
-def is_called_by_chain() -> bool:
-    """Whether the caller's caller is a diffusers `MultiPipelineCallbacks`, which needs its dict."""
-    caller = sys._getframe(2)
-    if caller.f_code.co_name != "__call__":
-        return False
-    return type(caller.f_locals.get("self")).__name__ == "MultiPipelineCallbacks"
+def is_called_by(codes: frozenset[CodeType]) -> bool:
+    """Whether the caller's caller runs one of `codes`."""
+    return sys._getframe(2).f_code in codes

@@ -193,7 +193,12 @@ def _alpha_cumprod_at(call: StepCall, timestep: Tensor) -> Tensor:
 
 
 def _timestep_1d(call: StepCall) -> Tensor:
-    return torch.as_tensor(call.timestep).reshape(-1)
+    return _timestep(call).reshape(-1)
+
+
+def _timestep(call: StepCall) -> Tensor:
+    value = call.timestep
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _discrete(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
@@ -268,7 +273,7 @@ def _flow_dmd(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
 
 
 def _data_at_one(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    timestep = torch.as_tensor(call.timestep, dtype=torch.float32)
+    timestep = _timestep(call).float()
     return x + (1 - timestep.reshape(timestep.shape + (1,) * (x.ndim - timestep.ndim))) * m
 
 

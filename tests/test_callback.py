@@ -3,8 +3,10 @@
 import gc
 import multiprocessing
 import queue
+import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import diffusers
@@ -17,6 +19,7 @@ from PIL import Image
 
 from sd_progress.boundary import PreviewWarning
 from sd_progress.callback import PreviewCallback
+from sd_progress.engine import Worker
 from sd_progress.factors import by_name
 
 SIZE = {"height": 16, "width": 24}
@@ -148,6 +151,20 @@ def test_the_last_frame_of_an_interrupted_run_is_made(pipe):
     assert [frame.step_index for frame in frames] == [2]
 
 
+def test_the_last_frame_is_made_when_somebody_stops_the_run_after_us(pipe):
+    """The step that was not due when it came is shown after all."""
+    frames = []
+    mine = PreviewCallback(pipe, frames.append, every=100)
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        mine(pipeline, step_index, timestep, callback_kwargs)
+        pipeline._interrupt = step_index == 2
+        return {}
+
+    run(pipe, chained, steps=6)
+    assert [(frame.step_index, frame.source) for frame in frames] == [(2, "denoised")]
+
+
 # What
 
 
@@ -175,7 +192,8 @@ def test_without_x0_the_frame_is_noisy_and_says_so(pipe):
     with PreviewCallback(pipe, frames.append) as preview:
         pipe.scheduler.set_timesteps(3)
         for k, t in enumerate(pipe.scheduler.timesteps):
-            assert preview(pipe, k, t, {"latents": torch.zeros(1, 4, 8, 12)}) == {}
+            given = {"latents": torch.zeros(1, 4, 8, 12)}
+            assert preview(pipe, k, t, given) is given
     assert [frame.source for frame in frames] == ["noisy"] * 3
     assert frames[-1].is_last
 
@@ -201,6 +219,18 @@ def test_decoders_by_name_and_by_value(pipe):
     assert frames_of(pipe, decoder="keturn/SD1_4")[0].decoder == "linear:keturn/SD1_4"
     assert frames_of(pipe, decoder=by_name("sdxl"))[0].decoder == "linear:sdxl"
     assert frames_of(pipe, decoder=Grey())[0].images.mean() == 127
+
+
+def test_each_run_has_principal_components_of_its_own():
+    """The same run twice gives the same frames."""
+    pipe = tiny.sd(vae=tiny.vae(scaling_factor=0.7))
+    frames = []
+    with pytest.warns(PreviewWarning):
+        callback = PreviewCallback(pipe, frames.append)
+    run(pipe, callback)
+    run(pipe, callback)
+    for first, second in zip(frames[:4], frames[4:], strict=True):
+        np.testing.assert_array_equal(first.images, second.images)
 
 
 def test_an_unknown_vae_is_told_once_and_shown_by_principal_components():
@@ -238,6 +268,82 @@ def test_inside_a_chain_of_callbacks(pipe):
     plain = run(pipe, MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.5)])).images
     assert len(frames) == 4
     np.testing.assert_array_equal(watched, plain)
+
+
+def test_inside_a_function_of_ones_own(pipe):
+    """Whoever is not the pipeline gets the dict back, and can go on with it."""
+    frames = []
+    mine, other = PreviewCallback(pipe, frames.append), SDCFGCutoffCallback(0.5)
+
+    def both(pipeline, step_index, timestep, callback_kwargs):
+        callback_kwargs = mine(pipeline, step_index, timestep, callback_kwargs)
+        return other(pipeline, step_index, timestep, callback_kwargs)
+
+    names = ["latents", "prompt_embeds"]
+    call = tiny.sd_call(pipe, **SIZE)
+    pipe(**call, callback_on_step_end=both, callback_on_step_end_tensor_inputs=names)
+    assert len(frames) == 4
+
+
+def test_a_pipeline_that_does_not_prepare_its_callback(tmp_path):
+    """Its first run is denoised from the first step on; so are all runs in a `with`."""
+    pipe = tiny.sd3(diffusers.StableDiffusion3Img2ImgPipeline)
+    image = Image.new("RGB", (24, 16))
+    frames = []
+    call = {**tiny.sd3_call(pipe), "image": image, "strength": 1.0}
+    with PreviewCallback(pipe, frames.append, initial=True) as preview:
+        for _ in range(2):
+            pipe(**call, callback_on_step_end=preview)
+    assert [f.source for f in frames] == (["noisy"] + ["denoised"] * 4) * 2
+    preview = PreviewCallback(pipe, frames.append)
+    for _ in range(2):
+        pipe(**call, callback_on_step_end=preview)
+        assert "step" not in vars(pipe.scheduler)
+
+
+def test_latents_that_leave_early_close_the_files_too(tmp_path):
+    """Some pipelines return latents without a sign of their end."""
+    config = tiny.sdxl().unet.config
+    names = [key for key in config if key.startswith(("addition", "projection"))]
+    controlnet = tiny.controlnet(**{key: config[key] for key in names})
+    cls = diffusers.StableDiffusionXLControlNetImg2ImgPipeline
+    pipe = tiny.sdxl(cls, controlnet=controlnet)
+    image = Image.new("RGB", (24, 16))
+    images = {"image": image, "control_image": image, "strength": 1.0}
+    callback = PreviewCallback(pipe, tmp_path / "d.gif")
+    call = tiny.sdxl_call(pipe, output_type="latent")
+    pipe(**call, **images, callback_on_step_end=callback)
+    assert gif_frames(tmp_path / "d.gif") == 4
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_run_that_was_not_ours_leaves_nothing_with_us(pipe):
+    """Between construction and use, other runs of the pipeline are not held on to."""
+    callback = PreviewCallback(pipe, print)
+    run(pipe, None)
+    assert callback._parts.tap.take() == (None, False)
+    assert callback._parts.tap.started_s is None
+
+
+def test_nothing_is_kept_alive(pipe):
+    """After a run, what nobody holds is freed without the garbage collector."""
+    run(pipe, callback := PreviewCallback(pipe, target := lambda frame: None, vae_every=2))
+    gone = [weakref.ref(thing) for thing in (callback, target, pipe.vae, pipe)]
+    gc.disable()
+    try:
+        del callback, target
+        assert [ref() is None for ref in gone] == [True, True, False, False]
+    finally:
+        gc.enable()
+
+
+def test_a_context_without_a_run_says_what_is_missing(pipe):
+    """Entered, and not passed to the pipeline, it warns."""
+    with (
+        pytest.warns(PreviewWarning, match=r"pass it: pipe\(\.\.\., callback_on_step_end"),
+        PreviewCallback(pipe, print),
+    ):
+        run(pipe, None)
 
 
 def test_as_a_context(pipe, tmp_path):
@@ -287,6 +393,11 @@ def failing(pipe, callback, *, at=2, error=BoomError):
 
     with pytest.raises(error):
         run(pipe, chained, steps=6)
+
+
+def failing_again(pipe, callback):
+    failing(pipe, callback)
+    raise KeyboardInterrupt
 
 
 def wait_for_worker():
@@ -421,6 +532,16 @@ def test_nan_latents_are_told_once_and_shown_grey():
     assert [int(frame.images.mean()) for frame in frames] == [128] * 4
 
 
+def test_nan_latents_are_not_blamed_on_the_vae():
+    """With full decodes, too, there is one warning, about the latents."""
+    vae, unet = tiny.vae(), tiny.unet()
+    torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
+    pipe = tiny.sd(vae=vae, unet=unet)
+    with pytest.warns(PreviewWarning, match="latents must be finite") as told:
+        run(pipe, PreviewCallback(pipe, lambda frame: None, vae_every=1), output_type="latent")
+    assert len(told) == 1
+
+
 def test_a_vae_that_fails_falls_back_to_the_linear_map(pipe):
     """A decode that gives NaN is told of once; the frames are linear from there on."""
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("nan"))
@@ -432,12 +553,132 @@ def test_a_vae_that_fails_falls_back_to_the_linear_map(pipe):
     assert [frame.decoder for frame in frames] == ["linear:sd1"] * 4
 
 
+def test_a_target_that_ends_the_program_does_not(pipe):
+    """In the worker, even SystemExit is only a failing target."""
+    frames = []
+    callback = PreviewCallback(pipe, lambda frame: sys.exit(1), frames.append)
+    with pytest.warns(PreviewWarning, match="SystemExit"):
+        run(pipe, callback)
+    assert [frame.run_index for frame in frames] == [0] * 4
+
+
+def test_an_error_that_cannot_say_what_it_is(pipe):
+    """Its class is told."""
+
+    class Mute(Exception):  # noqa: N818
+        """Raises when it is asked."""
+
+        def __str__(self):
+            raise RuntimeError
+
+    def fail(frame):
+        raise Mute
+
+    with pytest.warns(PreviewWarning, match="failed: Mute; the run goes on"):
+        run(pipe, PreviewCallback(pipe, fail))
+
+
+def test_a_target_that_closes_the_callback_is_told_not_to(pipe):
+    """It would wait for itself; the other targets go on in the same run."""
+    frames = []
+    callback = PreviewCallback(pipe, lambda frame: callback.close(), frames.append)
+    with pytest.warns(PreviewWarning, match="close must be called from outside"):
+        run(pipe, callback)
+    assert [frame.run_index for frame in frames] == [0] * 4
+
+
+def test_a_target_that_hangs_does_not_hang_the_run(pipe):
+    """After a while without a sign of life the run goes on; the next run's files wait."""
+    gate, seen = threading.Event(), []
+
+    def slow(frame):
+        gate.wait(20)
+        seen.append((frame.run_index, frame.step_index))
+
+    callback = PreviewCallback(pipe, slow)
+    Worker.finish.__defaults__, patience = (0.3,), Worker.finish.__defaults__
+    try:
+        with pytest.warns(PreviewWarning, match="got no sign of life"):
+            run(pipe, callback, steps=2)
+        with pytest.warns(PreviewWarning, match="got no sign of life"):
+            run(pipe, callback, steps=2)
+    finally:
+        Worker.finish.__defaults__ = patience
+    gate.set()
+    wait_for_worker()
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_waiting_frames_are_bounded(pipe, monkeypatch):
+    """Targets that cannot keep up cost frames, and not memory without end."""
+    gate, frames = threading.Event(), []
+    monkeypatch.setattr("sd_progress.run.MAX_WAITING_BYTES", 4000)
+
+    def slow(frame):
+        gate.wait(20)
+        frames.append(frame)
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        if step_index == 5:
+            gate.set()
+        return {}
+
+    callback = PreviewCallback(pipe, slow)
+    with pytest.warns(PreviewWarning, match="previews waiting to be written must be at most"):
+        run(pipe, chained, steps=6)
+    assert 1 <= len(frames) < 6
+
+
 def test_on_error_raise(pipe):
     """On request a failure comes out of the pipeline call."""
     callback = PreviewCallback(pipe, Broken(), on_error="raise")
     with pytest.raises(OSError, match="the disk is full"):
         run(pipe, callback)
     callback.close()
+
+
+def test_on_error_raise_does_not_hide_what_went_wrong(pipe):
+    """The exception that leaves the `with` is the run's own; the next run starts afresh."""
+
+    class FailsToClose:
+        """Only the first time."""
+
+        closed = 0
+
+        def write(self, frame):
+            """Take it."""
+
+        def close(self):
+            self.closed += 1
+            if self.closed == 1:
+                raise OSError("the disk is full")
+
+    callback = PreviewCallback(pipe, FailsToClose(), on_error="raise")
+    with callback:
+        failing(pipe, callback, error=KeyboardInterrupt)
+        with pytest.raises(OSError, match="the disk is full"):
+            callback.close()
+    callback = PreviewCallback(pipe, FailsToClose(), on_error="raise")
+    with pytest.raises(KeyboardInterrupt), callback:
+        failing_again(pipe, callback)
+    assert np.isfinite(run(pipe, callback).images).all()
+
+
+def test_x0_that_fails_gives_noisy_frames():
+    """A scheduler whose `step` names its arguments otherwise costs x0 only."""
+
+    class Renamed(diffusers.DDIMScheduler):
+        """Says `x` for `sample`."""
+
+        def step(self, model_output, timestep, x, return_dict=True):
+            return super().step(model_output, timestep, x, return_dict=return_dict)
+
+    pipe = tiny.sd(scheduler=Renamed(**tiny.BETAS))
+    frames = []
+    with pytest.warns(PreviewWarning, match=r"predicted x0 \(noisy latents are shown\) failed"):
+        run(pipe, PreviewCallback(pipe, frames.append))
+    assert [frame.source for frame in frames] == ["noisy"] * 4
 
 
 def test_warnings_that_are_errors_do_not_break_the_run(pipe):

@@ -121,6 +121,36 @@ def test_weights_are_put_back_when_the_decode_fails():
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
 
+def test_a_vae_that_draws_noise_does_not_draw_the_runs():
+    """The global random state is as it was."""
+
+    class Noisy(type(tiny.vae())):
+        """Adds noise, as some decoders do."""
+
+        def decode(self, z, return_dict=True):
+            return super().decode(z + torch.randn_like(z), return_dict=return_dict)
+
+    vae = tiny.vae()
+    vae.__class__ = Noisy
+    before = torch.get_rng_state()
+    VaeDecoder(vae).decode(latents(1, 4, 6, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_compiled_decoder_is_not_compiled_anew():
+    """Previews of another shape run it eagerly."""
+    vae, graphs = tiny.vae(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    vae.decoder = torch.compile(vae.decoder, backend=count)
+    reference(vae, latents(2, 4, 6, 5))
+    VaeDecoder(vae).decode(latents(1, 4, 8, 6))
+    assert len(graphs) == 1
+
+
 def test_not_a_number_is_an_error():
     """The message says what to do about a VAE that overflows."""
     vae = tiny.vae()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -56,6 +57,33 @@ def test_submitting_returns_at_once():
     assert done == []
     gate.set()
     jobs.finish()
+    assert done == [1, 2]
+
+
+def test_finish_gives_up_when_nothing_moves():
+    """A job that hangs is left to itself; slow jobs are waited for."""
+    gate = threading.Event()
+    stuck = worker(lambda job: gate.wait(10))
+    stuck.submit(1)
+    assert not stuck.finish(patience_s=0.2)
+    slow = worker(lambda job: time.sleep(0.15))
+    [slow.submit(k) for k in range(4)]
+    assert slow.finish(patience_s=0.4)
+    gate.set()
+    assert stuck.finish()
+
+
+def test_one_worker_after_the_other():
+    """The second handles nothing before the first has ended."""
+    gate, done = threading.Event(), []
+    first = worker(lambda job: gate.wait(10) and done.append(job))
+    second = Worker(done.append, is_abandoned=lambda: False, on_end=lambda: None, after=first)
+    first.submit(1)
+    second.submit(2)
+    assert not second.finish(patience_s=0.2)
+    gate.set()
+    assert first.finish()
+    assert second.finish()
     assert done == [1, 2]
 
 

@@ -1,13 +1,17 @@
 """Listening to a scheduler and a pipeline without anybody noticing."""
 
 import copy
+import functools
 import inspect
 import sys
 import threading
+import types
 
+import pytest
 import tiny
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
+from sd_progress.boundary import Boundary
 from sd_progress.tap import (
     SchedulerTap,
     call_code,
@@ -29,10 +33,24 @@ def step(stepped):
     return stepped.step(x, stepped.timesteps[0], x).prev_sample
 
 
+class Calls(list):
+    """A listener that keeps what it hears."""
+
+    def before(self, owner):
+        return "seen before"
+
+    def after(self, owner, seen, args, kwargs, output):
+        assert seen == "seen before"
+        self.append(args)
+
+
 def heard_by(owner, method="step"):
-    calls = []
-    stop = listen(owner, method, lambda before, args, kwargs, output: calls.append(args))
-    return calls, stop
+    calls = Calls()
+    return calls, listen(owner, method, calls)
+
+
+def a_tap(clock=lambda: 0.0):
+    return SchedulerTap(clock, Boundary("raise"))
 
 
 def test_a_wrapped_method_keeps_its_signature_and_result():
@@ -89,9 +107,85 @@ def test_a_wrapper_put_over_ours_is_left_alone():
     assert calls == []
 
 
+def test_a_wrapper_that_copies_our_attributes_is_not_ours():
+    """`functools.wraps` takes our marks along; the wrapper is another's all the same."""
+    watched = scheduler()
+    _, stop = heard_by(watched)
+    theirs = functools.wraps(watched.step)(lambda *args, **kwargs: None)
+    watched.step = theirs
+    stop()
+    assert watched.step is theirs
+
+
+def test_a_deep_copy_of_a_scheduler_that_others_wrapped_too():
+    """Our wrapper leaves the copy; the other's is bound to the copy, as without us."""
+    original, stepped = EulerDiscreteScheduler(**tiny.BETAS), []
+    original.set_timesteps(4)
+
+    def theirs(self, *args, **kwargs):
+        stepped.append(self)
+        return type(self).step(self, *args, **kwargs)
+
+    original.step = types.MethodType(theirs, original)
+    calls, _ = heard_by(original)
+    copied = copy.deepcopy(original)
+    step(copied)
+    step(copied)
+    assert [each is copied for each in stepped] == [True, True]
+    assert (original.step_index, copied.step_index, len(calls)) == (None, 2, 0)
+    assert vars(copied)["step"].__func__ is theirs
+
+
+def test_a_deep_copy_sheds_our_wrapper():
+    """At its first step it is a scheduler like any other."""
+    original = scheduler()
+    heard_by(original)
+    copied = copy.deepcopy(original)
+    step(copied)
+    assert "step" not in vars(copied)
+
+
+def test_each_listener_has_a_clock_of_its_own():
+    """Two taps on one scheduler both know when the first step began."""
+    watched = scheduler()
+    taps = [a_tap(lambda: 1.0), a_tap(lambda: 2.0)]
+    for tap in taps:
+        tap.attach(watched)
+    step(watched)
+    assert [tap.started_s for tap in taps] == [1.0, 2.0]
+
+
+def test_what_fails_in_the_tap_does_not_reach_the_step():
+    """A clock that raises costs the record, not the run."""
+    watched, boundary = scheduler(), Boundary("raise")
+    SchedulerTap(lambda: 1 / 0, boundary).attach(watched)
+    assert step(watched) is not None
+    with pytest.raises(ZeroDivisionError, match="division"):
+        boundary.raise_kept()
+
+
+def test_a_scheduler_that_cannot_be_wrapped_is_let_be():
+    """One without a `__dict__` steps as ever; the tap has nothing to tell."""
+
+    class Slots:
+        """A proxy without attributes."""
+
+        __slots__ = ()
+
+        def step(self, model_output, timestep, sample):
+            return sample
+
+    boundary = Boundary("raise")
+    tap = SchedulerTap(lambda: 0.0, boundary)
+    tap.attach(Slots())
+    assert tap.take() == (None, False)
+    with pytest.raises(TypeError, match="weak reference"):
+        boundary.raise_kept()
+
+
 def test_the_tap_records_by_name():
     """Positional arguments come out under their names; taking forgets."""
-    watched, tap = scheduler(), SchedulerTap(clock=lambda: 5.0)
+    watched, tap = scheduler(), a_tap(lambda: 5.0)
     tap.attach(watched)
     step(watched)
     call, is_first = tap.take()
@@ -102,7 +196,7 @@ def test_the_tap_records_by_name():
 
 def test_the_step_index_is_the_one_of_the_step():
     """Whether or not it was set before, it is the index that the step used."""
-    watched, tap = EulerDiscreteScheduler(**tiny.BETAS), SchedulerTap(clock=lambda: 0.0)
+    watched, tap = EulerDiscreteScheduler(**tiny.BETAS), a_tap()
     watched.set_timesteps(4)
     tap.attach(watched)
     x, indices = tiny.torch.ones(1, 4, 2, 2), []
@@ -114,7 +208,7 @@ def test_the_step_index_is_the_one_of_the_step():
 
 def test_attaching_to_another_scheduler_frees_the_first():
     """One tap is on one scheduler."""
-    first, second, tap = scheduler(), scheduler(), SchedulerTap(clock=lambda: 0.0)
+    first, second, tap = scheduler(), scheduler(), a_tap()
     tap.attach(first)
     tap.attach(second)
     assert ("step" in vars(first), "step" in vars(second)) == (False, True)

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from sd_progress.boundary import Boundary
 from sd_progress.tap import SchedulerTap
 from sd_progress.x0 import has_x0, initial_noise_scale, noise_scale, predict_x0, sigma_after
 
@@ -23,7 +24,7 @@ def make(name, **config):
 
 
 def listening(scheduler):
-    tap = SchedulerTap(clock=lambda: 0.0)
+    tap = SchedulerTap(lambda: 0.0, Boundary("raise"))
     tap.attach(scheduler)
     return tap
 
