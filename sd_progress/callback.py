@@ -141,6 +141,7 @@ class PreviewCallback:
             if pipe is not None and not self._is_running():
                 self._finish()
                 self._listen(pipe)
+                self._parts.tap.forget()
         return ["latents"]
 
     # diffusers asks `isinstance(callback, PipelineCallback)` before it reads `tensor_inputs`.
@@ -227,16 +228,15 @@ class PreviewCallback:
 
     # One run after the other --------------------------------------------------------------
 
-    def _listen(self, pipe: Pipeline) -> None:
+    def _listen(self, pipe: Pipeline) -> _Ears:
         """Hear the pipeline's steps and the end of its calls, from now until the run is over."""
         ears = self._ears
         if ears is None or ears.is_closed or ears.pipe() is not pipe:
             if ears is not None:
                 ears.close()
-            self._ears = _Ears(self, pipe, self._parts.tap)
-        elif self._run is None:
-            self._parts.tap.forget()
+            self._ears = ears = _Ears(self, pipe, self._parts.tap)
         self._parts.tap.attach(pipe.scheduler)  # a no-op, unless the scheduler was exchanged
+        return ears
 
     def _step(self, pipe: Pipeline, timestep: object, latents: Tensor) -> None:
         call = enclosing_call(call_code(type(pipe)))
@@ -248,8 +248,6 @@ class PreviewCallback:
     def _current_run(self, pipe: Pipeline, call: FrameType | None) -> Run:
         run = self._run
         if run is not None and not run.is_over and run.call is call:
-            if self._ears is not None and self._ears.pipe() is pipe:
-                self._parts.tap.attach(pipe.scheduler)
             return run
         if run is not None:
             run.finish()
@@ -258,10 +256,7 @@ class PreviewCallback:
         return run
 
     def _begin(self, pipe: Pipeline, call: FrameType | None, previous: Run | None) -> Run:
-        if self._ears is None or self._ears.is_closed or self._ears.pipe() is not pipe:
-            self._listen(pipe)
-        assert self._ears is not None
-        self._parts.tap.attach(pipe.scheduler)
+        ears = self._listen(pipe)
         started_s = self._parts.tap.started_s
         run = Run(
             self._parts,
@@ -269,7 +264,7 @@ class PreviewCallback:
             num_steps=_num_callbacks(pipe),
             call=call,
             started_s=self._parts.clock() if started_s is None else started_s,
-            undo=_nothing if self._is_entered else self._ears.close,
+            undo=_nothing if self._is_entered else ears.close,
             previous=previous,
         )
         self._runs_begun += 1
@@ -289,9 +284,8 @@ class PreviewCallback:
             return
         with self._parts.boundary.around("the last frame"), torch.no_grad():
             run.submit_skipped()
-            images = _finished_images(local(call, "image", "images"))
-            if self._options.final and images is not None:
-                run.submit_final(images)
+            if self._options.final:
+                run.submit_final(_finished_images(local(call, "image", "images")))
         self._finish()
         self._parts.boundary.raise_kept()
 

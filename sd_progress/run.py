@@ -160,8 +160,10 @@ class Run:
         else:
             self._skipped = step
 
-    def submit_final(self, images: NDArray[np.uint8]) -> None:
+    def submit_final(self, images: NDArray[np.uint8] | None) -> None:
         """Show the pipeline's finished pictures, uint8 (B, H, W, 3), as the run's last frame."""
+        if images is None:
+            return
         images = _of_batch(images, self.parts.options.batch)
         if self.parts.options.source == "both":
             images = np.concatenate([images, images], axis=2)
