@@ -4,10 +4,11 @@
 `callback_on_step_end` of any pipeline. The linear maps are in `sd_progress.factors`.
 """
 
+import importlib
+import typing
+
 from .arguments import add_preview_arguments, preview_from_args
 from .boundary import PreviewWarning
-from .callback import PreviewCallback
-from .decoders import Decoder
 from .demo import demo_model_path
 from .factors import Factors
 from .frame import Frame
@@ -20,6 +21,10 @@ from .writers import (
     Writer,
     writer_for,
 )
+
+if typing.TYPE_CHECKING:
+    from .callback import PreviewCallback
+    from .decoders import Decoder
 
 __all__ = [
     "AnimationWriter",
@@ -38,3 +43,16 @@ __all__ = [
     "preview_from_args",
     "writer_for",
 ]
+
+_NEED_TORCH = {"Decoder": "decoders", "PreviewCallback": "callback"}
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs torch when it is first asked for; `sd-progress --help` does without."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NEED_TORCH[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TORCH})

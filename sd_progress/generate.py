@@ -1,0 +1,304 @@
+"""Owns what the commands do: load a model, watch one run of it, and say what came out."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.utils import is_accelerate_available
+from PIL import Image
+
+from .arguments import UsageError
+from .callback import PreviewCallback
+from .frame import Frame
+from .run import PreviewSource
+from .schedulers import exchanged
+from .writers import AnimationWriter, ContactSheetWriter, PngFolderWriter
+
+DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to make and where; None leaves the choice to the model, or to `out`.
+
+    Attributes:
+        size: width and height in pixels.
+        device: `"auto"`, or what `torch.device` takes.
+        dtype: `"auto"` or a key of `DTYPES`.
+        out: folder for whatever has no place of its own.
+        steps_folder: where the PNGs go, if not into `out`.
+        animation: the animation's file, if not in `out`.
+    """
+
+    model: str
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    steps: int | None
+    size: tuple[int, int] | None
+    guidance: float | None
+    scheduler: str | None
+    device: str
+    dtype: str
+    out: Path
+    steps_folder: Path | None
+    animation: Path | None
+    every: int
+    vae_every: int | None
+    source: PreviewSource
+
+
+def generate(task: Task) -> None:
+    """Make one picture and watch it; print what was made.
+
+    Raises:
+        UsageError: the task cannot be done as it is.
+        KeyboardInterrupt: the user had enough; what was made until then is there and told of.
+    """
+    pipe = load(task)
+    arguments = call_arguments(pipe, task)
+    made = Products(task)
+    _make_folder(task.out)
+    preview = PreviewCallback(
+        pipe,
+        *made.writers,
+        every=task.every,
+        vae_every=task.vae_every,
+        source=task.source,
+        final=True,
+    )
+    print(f'Painting "{task.prompt}" (seed {task.seed}, {pipe.device}).', flush=True)
+    began_s = time.monotonic()
+    try:
+        with preview:
+            result = pipe(**arguments, callback_on_step_end=preview)
+    except KeyboardInterrupt:
+        print(f"\nStopped {made.progress}.\n{made}", flush=True)
+        raise
+    except ValueError as error:
+        if made.last is None:  # raised by the pipeline's own check of its arguments
+            raise UsageError(one_line(error)) from error
+        raise
+    made.save(result.images)
+    print(f"Done in {time.monotonic() - began_s:.1f} s.\n{made}", flush=True)
+
+
+class Products:
+    """What a run leaves behind. Also the last of its own writers, to know how far the run came."""
+
+    def __init__(self, task: Task) -> None:
+        self._picture = _unused(task.out / "picture.png")
+        self._animation = AnimationWriter(task.animation or task.out / "denoise.gif")
+        self._filmstrip = ContactSheetWriter(task.out / "filmstrip.png")
+        self._steps = PngFolderWriter(task.steps_folder or task.out / "steps")
+        self.writers = (self._steps, self._animation, self._filmstrip, self)
+        self.last: Frame | None = None
+
+    def write(self, frame: Frame) -> None:
+        """Remember the newest frame."""
+        self.last = frame
+
+    def close(self) -> None:
+        """There is nothing to complete."""
+
+    def save(self, images: list[Image.Image]) -> None:
+        """Save the finished picture, in full size and without any preview's approximation."""
+        images[0].save(self._picture)
+
+    @property
+    def progress(self) -> str:
+        """How far the run came, in words."""
+        if self.last is None:
+            return "before the first step"
+        return f"after step {self.last.step_index + 1} of {self.last.num_steps}"
+
+    def __str__(self) -> str:
+        """One line for each thing that is there."""
+        things = {
+            "picture": self._picture,
+            "animation": self._animation.path,
+            "filmstrip": self._filmstrip.path,
+            "steps": self._steps.path,
+        }
+        there = {name: path for name, path in things.items() if path is not None and path.exists()}
+        return "\n".join(f"  {name:<10} {_told(path)}" for name, path in there.items())
+
+
+def load(task: Task) -> DiffusionPipeline:
+    """The task's pipeline, on its device, with its scheduler.
+
+    Raises:
+        UsageError: there is no such model, device or scheduler.
+    """
+    device = device_named(task.device)
+    dtype = _best_dtype(device) if task.dtype == "auto" else DTYPES[task.dtype]
+    is_folder = _is_model_folder(task.model)
+    try:
+        with _quietly(is_quick=is_folder):
+            pipe = _from_pretrained(task.model, dtype)
+    except (OSError, ValueError) as error:
+        raise UsageError(_no_model(task.model, one_line(error))) from error
+    if task.scheduler is not None:
+        try:
+            pipe.scheduler = exchanged(pipe.scheduler, task.scheduler)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    pipe.set_progress_bar_config(desc="denoising")
+    return pipe.to(device)
+
+
+def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
+    """What the pipeline is called with, besides the callback.
+
+    Raises:
+        UsageError: the pipeline does not take something that was asked for.
+    """
+    kind = type(pipe).__name__
+    taken = inspect.signature(type(pipe).__call__).parameters
+    for needed in ("prompt", "callback_on_step_end"):
+        if needed not in taken:
+            expected = f"--model must be a text-to-image pipeline that takes {needed!r}"
+            raise UsageError(f"{expected}, got a {kind}; choose another model")
+    _check_steps(pipe, task.steps)
+    _check_size(pipe, task.size)
+    width, height = task.size or (None, None)
+    asked = (
+        ("--negative_prompt", "negative_prompt", task.negative_prompt),
+        ("--steps", "num_inference_steps", task.steps),
+        ("--size", "width", width),
+        ("--size", "height", height),
+        ("--guidance", "guidance_scale", task.guidance),
+    )
+    arguments: dict[str, object] = {"prompt": task.prompt}
+    for flag, name, value in asked:
+        if value is not None and name not in taken:
+            raise UsageError(f"{flag} must be left out for a {kind}, got {value!r}; it takes none")
+        if value is not None:
+            arguments[name] = value
+    if "generator" in taken:  # on the CPU, so that a seed is the same picture on every device
+        arguments["generator"] = torch.Generator("cpu").manual_seed(task.seed)
+    return arguments
+
+
+def device_named(name: str) -> torch.device:
+    """A device that is here; `"auto"` is the fastest.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "cpu": True,
+    }
+    here = [kind for kind, is_available in found.items() if is_available]
+    if name == "auto":
+        return torch.device(here[0])
+    if name.partition(":")[0] not in here:
+        expected = f"--device must be auto or one of this machine's: {', '.join(here)}"
+        raise UsageError(f"{expected}; got {name!r}")
+    return torch.device(name)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, on one line."""
+    return " ".join(str(error).split())
+
+
+def _check_steps(pipe: DiffusionPipeline, steps: int | None) -> None:
+    most = pipe.scheduler.config.get("num_train_timesteps", 1000)
+    if steps is not None and steps > most:
+        raise UsageError(f"--steps must be at most {most}, got {steps}; 20 to 50 are usual")
+
+
+def _check_size(pipe: DiffusionPipeline, size: tuple[int, int] | None) -> None:
+    unit_px = getattr(pipe, "vae_scale_factor", 8)
+    if size is not None and (size[0] % unit_px or size[1] % unit_px):
+        near = "x".join(str(max(unit_px, round(side / unit_px) * unit_px)) for side in size)
+        expected = f"--size must be multiples of {unit_px} pixels for this model"
+        raise UsageError(f"{expected}, got {size[0]}x{size[1]}; try {near}")
+
+
+def _best_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = device.type == "xpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    has_dtype = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)
+    options = {
+        "dtype" if has_dtype else "torch_dtype": dtype,
+        "low_cpu_mem_usage": is_accelerate_available(),  # diffusers' default, without its warning
+    }
+    try:
+        return AutoPipelineForText2Image.from_pretrained(model, **options)
+    except ValueError:  # a class that has no other tasks, and so is not in that table
+        return DiffusionPipeline.from_pretrained(model, **options)
+
+
+def _is_model_folder(model: str) -> bool:
+    """Whether the model is a folder; a Hub id is not, and looks like `owner/name`."""
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return True
+    if folder.exists():
+        raise UsageError(_no_model(model, "it has no model_index.json"))
+    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise UsageError(_no_model(model, "there is no such folder"))
+    return False
+
+
+def _no_model(model: str, cause: str) -> str:
+    expected = "--model must be a model id of the Hugging Face Hub or a diffusers folder"
+    return f"{expected}, got {model!r}; {cause}"
+
+
+@contextmanager
+def _quietly(*, is_quick: bool) -> Iterator[None]:
+    """Without the libraries' notices, and without their progress bars for what is over at once."""
+    loggers = diffusers.utils.logging, transformers.utils.logging
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        if is_quick:
+            logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, (verbosity, has_bars) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if has_bars:
+                logger.enable_progress_bar()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        expected = "--out must be a folder that can be made"
+        raise UsageError(f"{expected}, got {str(path)!r}; {one_line(error)}") from error
+
+
+def _unused(path: Path) -> Path:
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
+
+
+def _told(path: Path) -> str:
+    if not path.is_dir():
+        return str(path)
+    return f"{path}/ ({len(list(path.glob('*.png')))} PNGs)"
