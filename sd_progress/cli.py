@@ -90,7 +90,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         "trees, a house, a boat (default: %(default)r)",
     )
     _add_generation_arguments(demo, steps="20", out="demo-output")
-    demo.set_defaults(model=str(demo_model_path()), steps=20)
+    demo.set_defaults(model=str(demo_model_path()), steps=20, preview_source="both")
 
 
 def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:

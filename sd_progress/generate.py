@@ -7,11 +7,12 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
@@ -100,7 +101,7 @@ class Products:
     def __init__(self, task: Task) -> None:
         self._picture = _unused(task.out / "picture.png")
         self._animation = AnimationWriter(task.animation or task.out / "denoise.gif")
-        self._filmstrip = ContactSheetWriter(task.out / "filmstrip.png")
+        self._filmstrip = Filmstrip(task.out / "filmstrip.png", task.source)
         self._steps = PngFolderWriter(task.steps_folder or task.out / "steps")
         self.writers = (self._steps, self._animation, self._filmstrip, self)
         self.last: Frame | None = None
@@ -133,6 +134,26 @@ class Products:
         }
         there = {name: path for name, path in things.items() if path is not None and path.exists()}
         return "\n".join(f"  {name:<10} {_told(path)}" for name, path in there.items())
+
+
+class Filmstrip(ContactSheetWriter):
+    """The run in one picture; with `source="both"`, the noisy row above the denoised one."""
+
+    def __init__(self, path: Path, source: PreviewSource) -> None:
+        """See `ContactSheetWriter`."""
+        self._is_stacked = source == "both"
+        super().__init__(path, max_side_px=384 if self._is_stacked else 192, label=_step)
+
+    def write(self, frame: Frame) -> None:
+        """Add a frame, which shows two pictures side by side if it shows both."""
+        if self._is_stacked:
+            left_and_right = np.split(frame.images, 2, axis=-2)
+            frame = replace(frame, images=np.concatenate(left_and_right, axis=-3))
+        super().write(frame)
+
+
+def _step(frame: Frame) -> str:
+    return "finished" if frame.source == "final" else f"step {frame.step_index + 1}"
 
 
 def load(task: Task) -> DiffusionPipeline:
