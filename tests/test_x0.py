@@ -19,6 +19,11 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 STEPS = 7
 
 
+def has_x0_by_name(name):
+    cls = getattr(diffusers, name)
+    return has_x0(cls.__new__(cls))
+
+
 def make(name, **config):
     return getattr(diffusers, name)(**config)
 
@@ -371,6 +376,34 @@ def test_subclasses_count_as_their_parent():
 
     scheduler = Mine(**BETAS, clip_sample=False)
     assert largest_error(scheduler, discrete(scheduler)) < EXACT
+
+
+def test_what_a_scheduler_names_itself_is_taken():
+    """One without a formula here may say what its x0 is."""
+    scheduler = make("KarrasVeScheduler")
+    scheduler.set_timesteps(STEPS)
+    tap = listening(scheduler)
+    theirs = scheduler.step(X0, 2.0, 1.0, X0).pred_original_sample
+    assert torch.equal(predict_x0(tap.take()[0]), theirs)
+
+
+def test_no_scheduler_of_diffusers_is_forgotten():
+    """Each has its x0, or is one of those that have none in closed form."""
+    without = {
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+        "KarrasVeScheduler",  # names its own
+        "PiflowScheduler",
+        "RFD4ProteinaScheduler",
+        "ScoreSdeVeScheduler",
+        "VQDiffusionScheduler",
+    }
+    exported = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    known = {name for name in exported if has_x0_by_name(name)}
+    assert exported - known <= without
+    assert len(known) >= 38
 
 
 def test_unknown_schedulers_have_no_x0():
