@@ -89,8 +89,9 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="what to paint: time of day, sky, sun or moon, mountains, sea, meadow, desert, "
         "trees, a house, a boat (default: %(default)r)",
     )
-    _add_generation_arguments(demo, steps="20", out="demo-output")
-    demo.set_defaults(model=str(demo_model_path()), steps=20, preview_source="both")
+    _add_generation_arguments(demo, steps="20", guidance="3", out="demo-output")
+    # little guidance, because much of it overdoes the first guesses
+    demo.set_defaults(model=str(demo_model_path()), steps=20, guidance=3.0, preview_source="both")
 
 
 def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -102,7 +103,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="a model id of the Hugging Face Hub, or a folder made by save_pretrained",
     )
     run.add_argument("--prompt", required=True, help="what to paint")
-    _add_generation_arguments(run, steps="the model's own", out="run-output")
+    own = "the model's own"
+    _add_generation_arguments(run, steps=own, guidance=own, out="run-output")
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str) -> _Parser:
@@ -110,7 +112,9 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: 
     return commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
 
 
-def _add_generation_arguments(parser: argparse.ArgumentParser, *, steps: str, out: str) -> None:
+def _add_generation_arguments(
+    parser: argparse.ArgumentParser, *, steps: str, guidance: str, out: str
+) -> None:
     group = parser.add_argument_group("picture")
     group.add_argument(
         *spellings("negative_prompt"), metavar="TEXT", help="what to keep out of the picture"
@@ -138,7 +142,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser, *, steps: str, ou
         "--guidance",
         type=float,
         metavar="X",
-        help="how strictly to follow the prompt (default: the model's own)",
+        help=f"how strictly to follow the prompt (default: {guidance})",
     )
     group.add_argument(
         "--scheduler",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-DEMO_PROMPT: Final = "a sailing boat on the sea at sunset with snowy mountains"
+DEMO_PROMPT: Final = "a house in a meadow by day with the sun, snowy mountains and pine trees"
 
 
 def demo_model_path() -> Path:
