@@ -66,7 +66,8 @@ class PreviewCallback:
             failure out of the pipeline call.
         min_interval_s: seconds that must lie between two previews; the last is always made.
         initial: also show the noise that the run starts from, as a frame before the first step.
-        final: also show the pipeline's own finished picture, as a frame after the last step.
+        final: also show the pipeline's own finished picture, as a frame after the last step; twice
+            side by side with `source="both"`, so that all frames of a run have one shape.
         clock: seconds, monotonic.
 
     Raises:
@@ -124,6 +125,7 @@ class PreviewCallback:
         self._pipe = weakref.ref(pipe)
         self._is_entered = False
         self._run: Run | None = None
+        self._unfinished: Run | None = None
         self._runs_begun = self._runs_at_entry = 0
         self._ears: _Ears | None = None
         self._listen(pipe)
@@ -250,12 +252,12 @@ class PreviewCallback:
         if run is not None and not run.is_over and run.call is call:
             return run
         if run is not None:
-            run.finish()
+            self._leave(run)
             self._parts.tap.forget_earlier()
-        self._run = run = self._begin(pipe, call, previous=run)
+        self._run = run = self._begin(pipe, call)
         return run
 
-    def _begin(self, pipe: Pipeline, call: FrameType | None, previous: Run | None) -> Run:
+    def _begin(self, pipe: Pipeline, call: FrameType | None) -> Run:
         ears = self._listen(pipe)
         started_s = self._parts.tap.started_s
         run = Run(
@@ -265,7 +267,7 @@ class PreviewCallback:
             call=call,
             started_s=self._parts.clock() if started_s is None else started_s,
             undo=_nothing if self._is_entered else ears.close,
-            previous=previous,
+            previous=self._unfinished,
         )
         self._runs_begun += 1
         return run
@@ -292,9 +294,15 @@ class PreviewCallback:
     def _finish(self) -> None:
         run = self._run
         if run is not None and not run.is_current_thread:
-            run.finish()
-            self._run = None
+            self._leave(run)
             self._parts.tap.forget()
+
+    def _leave(self, run: Run) -> None:
+        self._unfinished = run  # also where Ctrl-C ends the waiting: the next run's files wait
+        self._run = None
+        run.finish()
+        if run.is_over:
+            self._unfinished = None
 
 
 class _Ears:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
 from .arguments import UsageError, add_preview_arguments, spellings, whole_number
-from .demo import DEMO_PROMPT, demo_model_path
+from .demo import DEMO_GUIDANCE, DEMO_PROMPT, demo_model_path
 from .schedulers import SHORT_NAMES
 
 _EXAMPLES: Final = """\
@@ -89,7 +89,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="what to paint: time of day, sky, sun or moon, mountains, sea, meadow, desert, "
         "trees, a house, a boat (default: %(default)r)",
     )
-    _add_generation_arguments(demo, steps="20", guidance="3", out="demo-output")
+    _add_generation_arguments(demo, steps="20", guidance=f"{DEMO_GUIDANCE:g}", out="demo-output")
     # little guidance, because much of it overdoes the first guesses
     demo.set_defaults(model=str(demo_model_path()), steps=20, guidance=3.0, preview_source="both")
 
@@ -186,6 +186,7 @@ def _plain_warnings() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = _show_plainly
         yield
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 DEMO_PROMPT: Final = "a house in a meadow by day with the sun, snowy mountains and pine trees"
+DEMO_GUIDANCE: Final = 3.0  # little, because much of it overdoes the first guesses
 
 
 def demo_model_path() -> Path:

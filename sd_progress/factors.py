@@ -189,6 +189,7 @@ class FactorsRegistry:
         """A registry of `rows`; those that carry a `vae_key` are also found by VAE."""
         self._by_name: dict[str, Factors] = {}
         self._by_key: list[tuple[VaeKey, Factors]] = []
+        self._fits: set[str] = set()  # made for one VAE of ours, whose latents no other shares
         for factors in rows:
             self._add(factors, factors.vae_key)
 
@@ -201,6 +202,7 @@ class FactorsRegistry:
             registry._by_key += [(key, factors) for key in keys]
         for factors in _shipped_fits():
             registry._add(factors, factors.vae_key)
+            registry._fits.add(factors.name)
         return registry
 
     def register(self, factors: Factors, vae: object = None) -> None:
@@ -274,7 +276,8 @@ class FactorsRegistry:
 
     def _names_of_families(self, latent_channels: int | None) -> list[str]:
         rows = {row.name: row.latent_channels for _, row in self._by_key}
-        return sorted(name for name, channels in rows.items() if channels == latent_channels)
+        fitting = {name for name, channels in rows.items() if channels == latent_channels}
+        return sorted(fitting - self._fits)
 
     def _add(self, factors: Factors, key: VaeKey | None) -> None:
         self._by_name[factors.name] = factors

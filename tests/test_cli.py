@@ -20,7 +20,7 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, LatentConsistencyModelPipeline, UNet2DModel
 
 from sd_progress.cli import main
-from sd_progress.demo import DEMO_PROMPT, demo_model_path
+from sd_progress.demo import DEMO_GUIDANCE, DEMO_PROMPT, demo_model_path
 
 STEPS = 3
 
@@ -65,7 +65,8 @@ def test_demo_leaves_pngs_a_gif_and_a_filmstrip(demo):
     assert names == sorted(["denoise.gif", "filmstrip.png", "picture.png", "final.png", *steps])
     assert len(iio.imread(demo.folder / "denoise.gif")) == STEPS + 1
     height, width, _ = iio.imread(demo.folder / "filmstrip.png").shape
-    assert width > (STEPS + 1) * height
+    assert (STEPS + 1) * 192 <= width < (STEPS + 2) * 192
+    assert height > 2 * 192  # the noisy row above the denoised one
 
 
 def test_demo_says_where_everything_is_and_how_long_it_took(demo):
@@ -85,9 +86,11 @@ def test_demo_warns_of_nothing(demo):
 def test_the_picture_is_what_the_pipeline_makes_alone(demo, pipe):
     """Bit for bit, from the same seed."""
     generator = torch.Generator("cpu").manual_seed(0)
-    alone = pipe(DEMO_PROMPT, num_inference_steps=STEPS, generator=generator).images[0]
+    options = {"guidance_scale": DEMO_GUIDANCE, "num_inference_steps": STEPS}
+    alone = pipe(DEMO_PROMPT, **options, generator=generator).images[0]
     assert np.array_equal(iio.imread(demo.folder / "picture.png"), np.asarray(alone))
-    assert np.array_equal(iio.imread(demo.folder / "steps" / "final.png"), np.asarray(alone))
+    both = np.concatenate([alone, alone], axis=1)  # as wide as the frames before it
+    assert np.array_equal(iio.imread(demo.folder / "steps" / "final.png"), both)
 
 
 def test_run_takes_any_model_and_every_flag(tmp_path):
