@@ -10,6 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
+from sd_progress.factors import find
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "sd_progress" / "demo_model"
 sys.path.insert(0, str(ROOT / "tools"))
@@ -118,3 +120,10 @@ def test_a_night_has_no_sun_and_a_day_no_moon():
     assert {s.light for s in scenes if s.time == "night"} == {"none", "full moon", "crescent moon"}
     assert {s.light for s in scenes if s.time != "night"} == {"none", "sun"}
     assert all(s.ground == "sea" for s in scenes if s.boat)
+
+
+def test_its_vae_has_a_linear_map_of_its_own(pipeline):
+    """The map was fitted for this VAE, is found by what the VAE is, and says how good it is."""
+    found = find(pipeline.vae)
+    assert found.name == "demo"
+    assert found.psnr_db > 18
