@@ -495,6 +495,16 @@ def test_a_failing_target_is_told_once_and_harms_nothing_else(pipe, tmp_path, ma
     assert (len(frames), gif_frames(tmp_path / "a.gif")) == (4, 4)
 
 
+def test_a_failed_writer_is_left_alone_until_the_next_run(pipe):
+    """After its failure it gets no frame of this run, but is closed; the next run tries again."""
+    callback = PreviewCallback(pipe, broken := Broken())
+    with pytest.warns(PreviewWarning, match="the disk is full"):
+        run(pipe, callback)
+    assert (broken.frames, broken.closed) == (2, 1)
+    run(pipe, callback)
+    assert (broken.frames, broken.closed) == (6, 2)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
 def test_a_full_disk(pipe):
     """A write that meets a full disk is such a failure."""
