@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print every number with what is required of it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/evaluate_demo_model.py --out /tmp/demo-model.png",
+        epilog="example: python tools/evaluate_demo_model.py --out demo-model.png",
     )
     parser.add_argument(
         "--model",

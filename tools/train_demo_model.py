@@ -562,12 +562,12 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
 EXAMPLES: Final = """\
 examples:
   two CPU cores, about two hours, politely:
-    nice -n 5 python tools/train_demo_model.py --work /tmp/demo-train
+    nice -n 5 python tools/train_demo_model.py --work demo-training
   one GPU:
-    python tools/train_demo_model.py --work /tmp/demo-train --device cuda --workers 1 \\
+    python tools/train_demo_model.py --work demo-training --device cuda --workers 1 \\
         --vae-minutes 5 --unet-minutes 5
   does it run at all? (two minutes; the pictures will be mud)
-    python tools/train_demo_model.py --work /tmp/try --out /tmp/try/model --scenes 300 \\
+    python tools/train_demo_model.py --work try --out try/model --scenes 300 \\
         --vae-minutes 0.5 --unet-minutes 0.5
 
 Interrupt it when you like: the same command goes on from the last checkpoint (every two
