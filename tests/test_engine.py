@@ -66,9 +66,9 @@ def test_finish_gives_up_when_nothing_moves():
     stuck = worker(lambda job: gate.wait(10))
     stuck.submit(1)
     assert not stuck.finish(patience_s=0.2)
-    slow = worker(lambda job: time.sleep(0.15))
-    [slow.submit(k) for k in range(4)]
-    assert slow.finish(patience_s=0.4)
+    slow = worker(lambda job: time.sleep(0.3))
+    [slow.submit(k) for k in range(5)]
+    assert slow.finish(patience_s=1.2)
     gate.set()
     assert stuck.finish()
 
