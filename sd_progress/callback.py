@@ -6,9 +6,9 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -20,20 +20,36 @@ from . import factors
 from .boundary import Boundary, OnError, warn
 from .decoders import Decoder, LinearDecoder, PcaDecoder, VaeDecoder, to_uint8
 from .factors import Factors
-from .layouts import layout_for, vae_of
-from .run import Batch, Options, Parts, PreviewSource, Run
+from .layouts import Layout, layout_for, reason_not_shown, vae_of
+from .run import Batch, Options, Parts, PreviewSource, Run, Step
 from .tap import (
+    Call,
+    Calls,
     Pipeline,
     SchedulerTap,
-    call_code,
-    enclosing_call,
-    is_called_by,
+    is_called_by_pipeline,
+    is_pipeline,
     listen,
-    local,
+    running_calls,
+    schedulers_of,
 )
 from .writers import Target, Writer, writer_for
+from .x0 import StepCall
 
+_OUTPUTS = ("image", "images", "video", "videos", "frames")
 _END = "maybe_free_model_hooks"  # the last thing that pipelines call before they return
+
+
+class RunCancelled(BaseException):
+    """`PreviewCallback.cancel` ended a pipeline that knows no other way to end.
+
+    Attributes:
+        callback: whose `cancel` it was.
+    """
+
+    def __init__(self, callback: PreviewCallback) -> None:
+        super().__init__("the run was cancelled")
+        self.callback = callback
 
 
 class PreviewCallback:
@@ -110,20 +126,22 @@ class PreviewCallback:
         self._options = Options(
             every, vae_every, min_interval_s, source, batch, initial, final, keep_latents
         )
-        vae = vae_of(pipe)
+        vae, layout = vae_of(pipe), layout_for(pipe)
         boundary = Boundary(on_error)
         self._parts = Parts(
             options=self._options,
-            layout=layout_for(pipe),
-            make_decoder=_decoder_maker(decoder, vae),
+            make_decoder=_decoder_maker(decoder, vae, layout),
             vae_decoder=None if vae_every is None else _vae_decoder(vae),
             writers=tuple(map(writer_for, targets)),
             boundary=boundary,
-            tap=SchedulerTap(clock, boundary),
+            tap=SchedulerTap(clock, boundary, _weakly(self._on_scheduler_step)),
             clock=clock,
         )
         self._pipe = weakref.ref(pipe)
-        self._is_entered = False
+        self._layouts = weakref.WeakKeyDictionary[object, Layout | None]()
+        self._layouts[pipe] = layout
+        self._is_entered = self._is_cancelled = False
+        self._silent_steps = 0
         self._run: Run | None = None
         self._unfinished: Run | None = None
         self._runs_begun = self._runs_at_entry = 0
@@ -154,34 +172,54 @@ class PreviewCallback:
         callbacks = sys.modules.get("diffusers.callbacks")
         return PreviewCallback if callbacks is None else callbacks.PipelineCallback
 
+    @overload
     def __call__(
         self,
         pipe: Pipeline,
         step_index: int,
         timestep: object,
         callback_kwargs: dict[str, object],
-    ) -> dict[str, object]:
-        """What diffusers calls after each step; nothing of `callback_kwargs` is changed.
+        /,
+    ) -> dict[str, object]: ...
+
+    @overload
+    def __call__(self, step_index: int, timestep: object, latents: Tensor, /) -> None: ...
+
+    def __call__(self, *given: object) -> dict[str, object] | None:
+        """What diffusers calls after each step; nothing that is given is changed.
+
+        Older pipelines call it without the pipeline: pass it to them as `callback`.
 
         Args:
-            pipe: the pipeline that runs; an inner one of a combined pipeline.
-            step_index: not used, because some pipelines restart it.
-            timestep: the scheduler's timestep, or what the pipeline passes as one.
-            callback_kwargs: `latents`, as the pipeline steps them.
+            *given: the pipeline that runs (an inner one of a combined pipeline), its own count of
+                steps, which some restart, the timestep, and a dict with `latents` as the pipeline
+                steps them; or, without the pipeline, the count, the timestep and the latents.
 
         Returns:
             {} to a pipeline, which changes nothing in any of them; the given dict to whoever else
-            calls, such as a `MultiPipelineCallbacks`, which passes it on.
+            calls, such as a `MultiPipelineCallbacks`, which passes it on; None to older pipelines.
+
+        Raises:
+            RunCancelled: `cancel` was called, and the pipeline knows no other way to end.
         """
-        is_chained = not is_called_by(call_code(type(pipe)))
+        is_called_by_pipeline_itself = is_called_by_pipeline()
         boundary = self._parts.boundary
+        self._silent_steps = 0
+        calls = running_calls()
         with boundary.around("the preview of a step"), torch.no_grad():
-            self._step(pipe, timestep, _latents(callback_kwargs))
+            *pipe, step_index, timestep, latents = given
+            self._step(calls, pipe, step_index, timestep, _latents(latents))
         boundary.raise_kept()
-        return callback_kwargs if is_chained else {}
+        self._end_if_cancelled(calls)
+        if len(given) == 3:
+            return None
+        return {} if is_called_by_pipeline_itself else cast("dict[str, object]", given[-1])
 
     def __enter__(self) -> PreviewCallback:
-        """Listen from now on; returns the callback."""
+        """Listen from now on; returns the callback.
+
+        Inside the block the pipeline need not be given the callback: its scheduler is enough.
+        """
         self._is_entered = True
         self._runs_at_entry = self._runs_begun
         pipe = self._pipe()
@@ -194,17 +232,28 @@ class PreviewCallback:
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
-        """Complete all files and leave the pipeline as it was found; passes exceptions on."""
+    ) -> bool:
+        """Complete all files and leave the pipeline as it was found.
+
+        Exceptions are passed on, except for the one by which `cancel` ended the run.
+        """
         self._is_entered = False
         self._end()
         if error is None:
             self._parts.boundary.raise_kept()
-            if self._runs_begun == self._runs_at_entry:
-                warn(
-                    "the pipeline must be given the callback, got no step of any run; "
-                    "pass it: pipe(..., callback_on_step_end=preview)"
-                )
+            if self._runs_begun == self._runs_at_entry and _is_first_rank():
+                warn(self._why_nothing_was_shown())
+        return isinstance(error, RunCancelled) and error.callback is self
+
+    def cancel(self) -> None:
+        """End the current run at its next step; from any thread, also from a preview target.
+
+        Pipelines that heed `pipe._interrupt` then finish the picture from what they have. Those
+        that do not are left with `RunCancelled`, which a `with` block takes. Either way the files
+        are completed and the pipeline can be used again. In a distributed run call it on every
+        rank, or the others wait for ever.
+        """
+        self._is_cancelled = self._run is not None or self._is_entered
 
     def close(self) -> None:
         """End the run, if there is one, and leave the pipeline as it was found.
@@ -230,40 +279,124 @@ class PreviewCallback:
 
     # One run after the other --------------------------------------------------------------
 
-    def _listen(self, pipe: Pipeline) -> _Ears:
+    def _listen(self, pipe: Pipeline, inner: Pipeline | None = None) -> _Ears:
         """Hear the pipeline's steps and the end of its calls, from now until the run is over."""
         ears = self._ears
         if ears is None or ears.is_closed or ears.pipe() is not pipe:
             if ears is not None:
                 ears.close()
             self._ears = ears = _Ears(self, pipe, self._parts.tap)
-        self._parts.tap.attach(pipe.scheduler)  # a no-op, unless the scheduler was exchanged
+        layout = self._layout_of(inner or pipe)
+        self._parts.tap.part = None if layout is None else layout.row.part
+        known = schedulers_of(pipe)
+        self._parts.tap.attach([*known, *(schedulers_of(inner) if inner is not None else [])])
         return ears
 
-    def _step(self, pipe: Pipeline, timestep: object, latents: Tensor) -> None:
-        call = enclosing_call(call_code(type(pipe)))
-        run = self._current_run(pipe, call)
-        run.step(timestep, latents, is_last=bool(getattr(pipe, "_interrupt", False)))
-        if run.is_complete and (call is None or not _ends_with_a_sign(call)):
+    def _step(
+        self,
+        calls: Calls | None,
+        given: Sequence[object],
+        index: object,
+        timestep: object,
+        latents: Tensor,
+    ) -> None:
+        """Take a callback; older pipelines have not given themselves."""
+        pipe = next(iter(given), self._pipe()) if calls is None else calls.inner.pipe
+        layout = self._layout_of(pipe)
+        if layout is None or not _is_first_rank():
+            return
+        if layout.row.latents is not None and calls is not None:
+            latents = cast(Tensor, calls.inner.local(layout.row.latents))
+        self._take(layout, calls, cast(Pipeline, pipe), index, timestep, latents, latents)
+
+    def _on_scheduler_step(self) -> None:
+        """A scheduler has stepped: in a `with` block, all that some pipelines show of a step."""
+        call = self._parts.tap.last
+        if not self._is_entered or call is None or not _is_first_rank():
+            return
+        calls = running_calls()
+        with self._parts.boundary.around("the preview of a step"), torch.no_grad():
+            if self._will_be_called(calls):
+                return
+            pipe = self._pipe() if calls is None else calls.inner.pipe
+            layout, latents = self._layout_of(pipe), call.prev_sample
+            if layout is not None and latents is not None and pipe is not None:
+                context = None if calls is None else calls.inner.local("latents")
+                whole = context if isinstance(context, Tensor) else latents
+                index = self._parts.tap.count
+                self._take(layout, calls, pipe, index, call.timestep, latents, whole)
+        self._parts.boundary.raise_kept()
+        self._end_if_cancelled(calls)
+
+    def _will_be_called(self, calls: Calls | None) -> bool:
+        """Whether the running pipeline was given this callback, and so calls it itself."""
+        if calls is None:
+            return False
+        given = [calls.inner.local(name) for name in ("callback_on_step_end", "callback")]
+        given = [one for one in given if one is not None]
+        if any(one is self or self in _members(one) for one in given):
+            return True
+        # Someone else's function, which may call this one: that is seen after two steps.
+        self._silent_steps += 1
+        return bool(given) and self._silent_steps <= 2
+
+    def _layout_of(self, pipe: object) -> Layout | None:
+        if pipe is None:
+            return None
+        if pipe not in self._layouts:
+            self._layouts[pipe] = layout_for(pipe)
+        return self._layouts[pipe]
+
+    def _take(
+        self,
+        layout: Layout,
+        calls: Calls | None,
+        pipe: Pipeline,
+        index: object,
+        timestep: object,
+        latents: Tensor,
+        context: Tensor,
+    ) -> None:
+        if latents.ndim < layout.row.least_ndim:
+            return  # an embedding, which some pipelines step first
+        run = self._current_run(calls, pipe)
+        frame = None if calls is None else calls.inner.frame
+        scheduler_call, is_first = self._parts.tap.take()
+        expected = _num_callbacks(pipe, scheduler_call)
+        run.begin_step(frame, index if isinstance(index, int) else 0, expected)
+        step = Step(
+            layout=layout,
+            values={} if calls is None else calls.inner.read(layout.reads),
+            latents=latents,
+            context=context,
+            kept=None if calls is None else _kept(calls.inner, layout),
+            timestep=timestep,
+            call=scheduler_call,
+            parts=None if layout.row.part is None else self._parts.tap.take_parts(),
+            is_first=is_first and scheduler_call is not None,
+            at_s=self._parts.clock(),
+        )
+        run.step(step, is_last=self._is_cancelled or bool(getattr(pipe, "_interrupt", False)))
+        if run.is_complete and (calls is None or not _ends_with_a_sign(calls.outer)):
             self._finish()
 
-    def _current_run(self, pipe: Pipeline, call: FrameType | None) -> Run:
-        run = self._run
+    def _current_run(self, calls: Calls | None, pipe: Pipeline) -> Run:
+        run, call = self._run, None if calls is None else calls.outer.frame
         if run is not None and not run.is_over and run.call is call:
             return run
         if run is not None:
             self._leave(run)
             self._parts.tap.forget_earlier()
-        self._run = run = self._begin(pipe, call)
+        outer = pipe if calls is None else calls.outer.pipe
+        self._run = run = self._begin(outer, pipe, call)
         return run
 
-    def _begin(self, pipe: Pipeline, call: FrameType | None) -> Run:
-        ears = self._listen(pipe)
+    def _begin(self, outer: Pipeline, inner: Pipeline, call: FrameType | None) -> Run:
+        ears = self._listen(outer, inner)
         started_s = self._parts.tap.started_s
         run = Run(
             self._parts,
             index=self._runs_begun,
-            num_steps=_num_callbacks(pipe),
             call=call,
             started_s=self._parts.clock() if started_s is None else started_s,
             undo=_nothing if self._is_entered else ears.close,
@@ -273,21 +406,43 @@ class PreviewCallback:
         return run
 
     def _is_running(self) -> bool:
-        run, pipe = self._run, self._pipe()
-        if run is None or pipe is None or run.call is None:
-            return False
-        return enclosing_call(call_code(type(pipe))) is run.call
+        run, calls = self._run, running_calls()
+        return run is not None and calls is not None and calls.outer.frame is run.call
+
+    def _end_if_cancelled(self, calls: Calls | None) -> None:
+        if not self._is_cancelled:
+            return
+        if calls is not None and _heeds_interrupt(calls.inner):
+            calls.inner.pipe._interrupt = True  # type: ignore[attr-defined]
+            return
+        if calls is not None and hasattr(calls.outer.pipe, _END):
+            calls.outer.pipe.maybe_free_model_hooks()
+        self._finish()
+        raise RunCancelled(self)
+
+    def _why_nothing_was_shown(self) -> str:
+        pipe = self._pipe()
+        reason = None if pipe is None else reason_not_shown(*_class_names(pipe))
+        if reason is not None:
+            return (
+                f"pipe must be one that makes pictures, got {type(pipe).__name__}, of which "
+                f"nothing is shown: {reason}; `sd-progress models` lists what is"
+            )
+        return (
+            "the pipeline must take a step in the `with` block, got none; "
+            "call the pipeline that the callback was made for"
+        )
 
     def _on_call_ended(self, pipe: Pipeline) -> None:
-        run, call = self._run, enclosing_call(call_code(type(pipe)))
-        if run is None or call is None or run.call is not call:
+        run, calls = self._run, running_calls()
+        if run is None or calls is None or run.call is not calls.outer.frame:
             if run is None:
                 self._parts.tap.forget()  # that call was not ours: keep nothing of it
             return
         with self._parts.boundary.around("the last frame"), torch.no_grad():
             run.submit_skipped()
             if self._options.final:
-                run.submit_final(_finished_images(local(call, "image", "images")))
+                run.submit_final(_finished_images(calls.outer.local(*_OUTPUTS)))
         self._finish()
         self._parts.boundary.raise_kept()
 
@@ -296,6 +451,7 @@ class PreviewCallback:
         if run is not None and not run.is_current_thread:
             self._leave(run)
             self._parts.tap.forget()
+            self._is_cancelled = False
 
     def _leave(self, run: Run) -> None:
         self._unfinished = run  # also where Ctrl-C ends the waiting: the next run's files wait
@@ -329,6 +485,11 @@ class _Ears:
             self._stop()
             self._tap.detach()
 
+    @property
+    def hears_copies(self) -> bool:
+        """The end of a copy's call is none of the run's."""
+        return False
+
     def before(self, owner: object) -> object:
         """Nothing is to be seen yet."""
 
@@ -350,49 +511,113 @@ def _nothing() -> None:
     """Nothing is there to undo."""
 
 
-def _ends_with_a_sign(call: FrameType) -> bool:
+def _kept(call: Call, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """The mask and the latents that a pipeline puts back after each step: inpainting, mostly."""
+    names = layout.row.kept
+    if names is None and call.has("init_latents_proper"):
+        names = ("init_mask" if call.has("init_mask") else "mask", "image_latents")
+    if names is None:
+        return None
+    mask, latents = map(call.local, names)
+    is_known = isinstance(mask, Tensor) and isinstance(latents, Tensor)
+    return (cast(Tensor, mask), cast(Tensor, latents)) if is_known else None
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
+
+
+def _members(callback: object) -> Sequence[object]:
+    """Of a `MultiPipelineCallbacks`."""
+    members = getattr(callback, "callbacks", ())
+    return members if isinstance(members, list | tuple) else ()
+
+
+def _class_names(pipe: object) -> list[str]:
+    return [cls.__name__ for cls in type(pipe).__mro__]
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is the one of a distributed run that previews."""
+    distributed = torch.distributed
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return not is_distributed or distributed.get_rank() == 0
+
+
+def _heeds_interrupt(call: Call) -> bool:
+    """Whether a pipeline's loop asks for its `interrupt`."""
+    return "interrupt" in call.frame.f_code.co_names and hasattr(call.pipe, "_interrupt")
+
+
+def _ends_with_a_sign(call: Call) -> bool:
     """Whether a call will still tell of its end; some leave early when latents are asked for."""
-    return _END in call.f_code.co_names and local(call, "output_type") != "latent"
+    return _END in call.frame.f_code.co_names and call.local("output_type") != "latent"
 
 
-def _latents(callback_kwargs: Mapping[str, object]) -> Tensor:
-    latents = callback_kwargs.get("latents")
+def _latents(given: object) -> Tensor:
+    """Of a dict, as pipelines give, or as they are, as older ones do."""
+    latents = given.get("latents") if isinstance(given, dict) else given
     if not isinstance(latents, Tensor):
+        found = sorted(given) if isinstance(given, dict) else type(given).__name__
         raise TypeError(
-            f"callback_kwargs must hold a tensor 'latents', got {sorted(callback_kwargs)}; "
+            f"callback_kwargs must hold a tensor 'latents', got {found}; "
             "pass callback_on_step_end_tensor_inputs=['latents']"
         )
     return latents
 
 
-def _num_callbacks(pipe: Pipeline) -> int:
+def _num_callbacks(pipe: Pipeline, call: StepCall | None) -> int:
     """How many callbacks a run makes: half steps of second-order schedulers count."""
     counted = getattr(pipe, "_num_timesteps", None)
     if isinstance(counted, int):
         return counted
-    timesteps = getattr(pipe.scheduler, "timesteps", None)
+    scheduler = getattr(pipe, "scheduler", None) if call is None else call.scheduler
+    timesteps = getattr(scheduler, "timesteps", None)
     return len(timesteps) if isinstance(timesteps, Tensor) else 1
 
 
 def _finished_images(output: object) -> NDArray[np.uint8] | None:
-    """Pipeline output of any `output_type` as (B, H, W, 3) uint8; None for latents."""
-    if isinstance(output, list) and output and all(isinstance(x, Image.Image) for x in output):
-        return np.stack([np.asarray(picture.convert("RGB")) for picture in output])
-    if isinstance(output, np.ndarray) and output.ndim == 4 and output.shape[-1] == 3:
-        output = torch.from_numpy(output).movedim(-1, 1)
-    if isinstance(output, Tensor) and output.ndim == 4 and output.shape[1] == 3:
-        return to_uint8(output.detach().float().cpu() * 2 - 1)
+    """Pipeline output of any `output_type` as (B, H, W, 3) or (B, F, H, W, 3); None for latents."""
+    if isinstance(output, list) and output:
+        if all(isinstance(x, Image.Image) for x in output):
+            return np.stack([np.asarray(picture.convert("RGB")) for picture in output])
+        clips = [_finished_images(clip) for clip in output if isinstance(clip, list)]
+        return (
+            np.stack([x for x in clips if x is not None]) if clips and None not in clips else None
+        )
+    if isinstance(output, np.ndarray) and output.ndim in (4, 5) and output.shape[-1] == 3:
+        output = torch.from_numpy(output).movedim(-1, -3)
+    if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-3] == 3:
+        pixels = to_uint8(output.detach().float().cpu().flatten(0, -4) * 2 - 1)
+        return pixels.reshape(*output.shape[:-3], *pixels.shape[1:])
     return None
 
 
-def _decoder_maker(decoder: str | Factors | Decoder, vae: object) -> Callable[[], Decoder]:
+def _decoder_maker(
+    decoder: str | Factors | Decoder, vae: object, layout: Layout | None
+) -> Callable[[], Decoder]:
     """What gives each run its decoder: principal components start anew, all others are shared."""
     if decoder == "auto":
         found = None if vae is None else factors.find(vae)
-        if found is None and vae is not None:
+        if found is None and vae is not None and not _has_its_own_colours(layout):
             warn(factors.explain_unknown(vae))
         return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
     return functools.partial(_itself, _decoder(decoder, vae))
+
+
+def _has_its_own_colours(layout: Layout | None) -> bool:
+    """Whether a linear map of the VAE would be of no use: sound, token ids, pixels."""
+    if layout is None:
+        return False
+    return layout.row.shows == "audio" or layout.row.space == "pixels" or layout.row.is_of_tokens
 
 
 def _itself(decoder: Decoder) -> Decoder:
@@ -429,7 +654,7 @@ def _vae_decoder(vae: object) -> VaeDecoder:
 
 
 def _check_pipeline(pipe: object) -> None:
-    if not callable(pipe) or not hasattr(pipe, "scheduler"):
+    if not callable(pipe) or not (is_pipeline(type(pipe)) or hasattr(pipe, "scheduler")):
         raise TypeError(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}; "
             "pass the pipeline first, then the targets: PreviewCallback(pipe, 'denoise.gif')"

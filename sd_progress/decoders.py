@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType
 from typing import Protocol, cast, runtime_checkable
@@ -75,6 +75,17 @@ class LinearDecoder:
         return to_uint8(functional.pixel_shuffle(rgb, self.factors.upscale))
 
 
+class PixelDecoder:
+    """Nothing to decode: pipelines in pixel space step the picture itself."""
+
+    name = "pixels"
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, 3, H, W) float, nominally [-1, 1] -> (B, H, W, 3) uint8; one channel is grey."""
+        colours = latents[:, :3] if latents.shape[1] >= 3 else latents[:, :1].expand(-1, 3, -1, -1)
+        return to_uint8(colours.float())
+
+
 class PcaDecoder:
     """The first three principal components of the latents as RGB: an honest stand-in.
 
@@ -91,12 +102,14 @@ class PcaDecoder:
         self._axes: Tensor | None = None
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """(B, C, h, w) float on the CPU -> (B, h, w, 3) uint8; C may be less than three."""
+        """(B, C, h, w) float on the CPU -> (B, h, w, 3) uint8; of one channel, in grey."""
         pixels = latents.double().movedim(1, -1)  # (B, h, w, C)
         rows = pixels.reshape(-1, pixels.shape[-1])
         finite = rows[rows.isfinite().all(dim=1)]
         mean, axes, spread = self._components(finite if len(finite) else torch.zeros_like(rows))
         rgb = (pixels - mean) @ axes / (2.5 * spread)  # two and a half deviations fill the range
+        if rgb.shape[-1] == 1:
+            rgb = rgb.expand(*rgb.shape[:-1], 3)
         missing = 3 - rgb.shape[-1]
         return to_uint8(functional.pad(rgb, (0, missing)).movedim(-1, 1).float())
 
@@ -131,26 +144,72 @@ class VaeDecoder:
     def __init__(self, vae: nn.Module) -> None:
         self._vae = vae
 
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """(B, C, h, w) float, VAE-space, any device -> (B, H, W, 3) uint8, full resolution.
+    def decode(
+        self,
+        latents: Tensor,
+        arguments: Mapping[str, object] | None = None,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+    ) -> NDArray[np.uint8]:
+        """The first picture of each: of a video VAE, its first frame.
+
+        Args:
+            latents: (B, C, h, w), or (B, C, F, h, w) of a video VAE, VAE-space, any device; token
+                ids (B, h, w) for a VAE that takes those.
+            arguments: more keyword arguments for `vae.decode`.
+            value_range: of what `vae.decode` returns.
+
+        Returns:
+            (B, H, W, 3) uint8, full resolution.
 
         Raises:
             FloatingPointError: the VAE made values that are not finite.
         """
         device, dtype = _execution_device(self._vae), _decode_dtype(self._vae)
         hooked = _streams_weights(self._vae)
+        placed = latents.to(device, dtype if latents.is_floating_point() else latents.dtype)
         with torch.no_grad(), _own_random_state(device), _uncompiled(), ExitStack() as stack:
             if not hooked:
                 stack.enter_context(_lent_weights(self._vae, device, dtype))
             decode = _decode_method(self._vae, hooked=hooked)
-            (images, *_) = decode(latents.to(device, dtype), return_dict=False)
+            extra = {**_arguments_for(self._vae, placed), **(arguments or {})}
+            (images, *_) = decode(_long_enough(self._vae, placed), **extra, return_dict=False)
+        images = images if images.ndim == 4 else images[:, :, 0]
         images = images[:, :3].float().cpu()
         if not images.isfinite().all():
             raise FloatingPointError(
                 f"vae.decode must give finite values, got NaN or infinity in {dtype}; "
                 "load the VAE in bfloat16 or float32, or leave vae_every out"
             )
-        return to_uint8(images)
+        low, high = value_range
+        return to_uint8((images - low) / (high - low) * 2 - 1)
+
+
+def _arguments_for(vae: nn.Module, latents: Tensor) -> dict[str, object]:
+    """What some decoders want to be told besides, by the names of their parameters."""
+    wanted = _parameters(getattr(type(vae), "decode"))  # noqa: B009 - nn.Module's type has none
+    config = getattr(vae, "config", None)
+    given: dict[str, object] = {}
+    if "num_frames" in wanted:  # of each clip, for a VAE that takes frames as a batch
+        given["num_frames"] = 1
+    if "temb" in wanted and getattr(config, "timestep_conditioning", False):
+        given["temb"] = latents.new_zeros(len(latents))  # of a finished picture
+    if "shape" in wanted and not latents.is_floating_point():
+        channels = getattr(config, "latent_channels", None)
+        given["shape"] = (*latents.shape, channels)
+        given["force_not_quantize"] = True
+    return given
+
+
+@functools.cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _long_enough(vae: nn.Module, latents: Tensor) -> Tensor:
+    """One latent frame twice, for the one decoder that cannot take it alone."""
+    is_short = latents.ndim == 5 and latents.shape[2] == 1
+    repeats = 2 if is_short and type(vae).__name__ == "AutoencoderKLAllegro" else 1
+    return latents.repeat_interleave(repeats, dim=2) if repeats > 1 else latents
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from types import FrameType
-from typing import Literal, TypeVar, cast
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .boundary import Boundary
-from .decoders import Decoder, VaeDecoder
+from .decoders import Decoder, PixelDecoder, VaeDecoder
 from .engine import PATIENCE_S, Snapshot, Worker
 from .frame import INITIAL_STEP_INDEX, Frame, Source
-from .layouts import Layout
+from .layouts import Layout, Shown
 from .tap import SchedulerTap, is_running
 from .writers import Writer
 from .x0 import StepCall, initial_noise_scale, noise_scale, predict_x0, sigma_after
@@ -24,7 +24,6 @@ from .x0 import StepCall, initial_noise_scale, noise_scale, predict_x0, sigma_af
 PreviewSource = Literal["denoised", "noisy", "both"]
 Batch = Literal["grid", "first"]
 MAX_WAITING_BYTES = 256 << 20
-_Array = TypeVar("_Array", Tensor, NDArray[np.uint8])
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Parts:
     """What the runs of one callback share. Knows nothing of the callback, which can be freed."""
 
     options: Options
-    layout: Layout
     make_decoder: Callable[[], Decoder]
     vae_decoder: VaeDecoder | None
     writers: Sequence[Writer]
@@ -56,12 +54,33 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
-    """One callback: the step before it, and what it was given."""
+class Step:
+    """One step of a pipeline, as it was seen on the run's thread.
 
-    call: StepCall | None
-    timestep: object
+    Attributes:
+        layout: of the pipeline's latents.
+        values: what the layout reads of the run.
+        latents: after the step, as the callback holds them, or as the scheduler returned them.
+        context: what `latents` or x0 are filled in from where they are only a part; None where
+            there is nothing.
+        kept: of an inpainting run, the mask (1 where it paints) and the picture's own latents.
+        timestep: as the pipeline passed it.
+        call: of the scheduler; None where it was not heard.
+        parts: the same for single frames of a video, with their numbers, where each is stepped by
+            itself; None everywhere else.
+        is_first: whether `call` was the run's first.
+        at_s: when it was seen.
+    """
+
+    layout: Layout
+    values: Mapping[str, object]
     latents: Tensor
+    context: Tensor | None
+    kept: tuple[Tensor, Tensor] | None
+    timestep: object
+    call: StepCall | None
+    parts: Sequence[tuple[int, StepCall]] | None
+    is_first: bool
     at_s: float
 
 
@@ -75,8 +94,11 @@ class _Job:
     eta_s: float | None = None
     timestep: Snapshot | float | None = None
     sigma: float | None = None
+    layout: Layout | None = None
+    values: Mapping[str, object] = field(default_factory=dict)
     noisy: Snapshot | None = None
     denoised: Snapshot | None = None
+    context: Snapshot | None = None
     noise_scale: float = 1.0
     images: NDArray[np.uint8] | None = None
     decoder: str = ""
@@ -84,8 +106,9 @@ class _Job:
     @property
     def size_bytes(self) -> int:
         """What it holds on to while it waits."""
-        held = [x.size_bytes for x in (self.noisy, self.denoised) if x is not None]
-        return sum(held) + (0 if self.images is None else self.images.nbytes)
+        held = [x for x in (self.noisy, self.denoised, self.context) if x is not None]
+        images = 0 if self.images is None else self.images.nbytes
+        return sum(x.size_bytes for x in held) + images
 
 
 @dataclass(eq=False)
@@ -95,8 +118,7 @@ class Run:
     Attributes:
         parts: what the callback's runs share.
         index: 0-based count of the callback's runs.
-        num_steps: how many callbacks are expected.
-        call: the frame of the pipeline's `__call__`; let go of when the run ends.
+        call: the frame of the outermost pipeline's `__call__`; let go of when the run ends.
         started_s: when the first step began, by the clock in `parts`.
         undo: what to undo on the pipeline when the run ends; may be called again.
         previous: the run before; its files are closed before this one's are opened.
@@ -104,7 +126,6 @@ class Run:
 
     parts: Parts
     index: int
-    num_steps: int
     call: FrameType | None
     started_s: float
     undo: Callable[[], None]
@@ -112,10 +133,13 @@ class Run:
 
     def __post_init__(self, previous: Run | None) -> None:
         self._decoder = self.parts.make_decoder()
-        self._steps = self._frames = 0
+        self.num_steps = self._steps = self._frames = 0
+        self._stage: FrameType | None = None
+        self._stage_began = self._stage_index = 0
+        self._kept: dict[str, tuple[Tensor, int, Snapshot]] = {}
         self._first_step_s = self.started_s
         self._last_frame_s = float("-inf")
-        self._skipped: _Step | None = None
+        self._skipped: Step | None = None
         self._vae_failed = False
         self._failed_writers: set[int] = set()
         self._submitted_bytes = self._handled_bytes = 0
@@ -145,16 +169,34 @@ class Run:
 
     # The caller's thread ------------------------------------------------------------------
 
-    def step(self, timestep: object, latents: Tensor, *, is_last: bool) -> None:
-        """Take one callback: decide, copy what is small, hand over, return."""
-        call, is_first = self.parts.tap.take()
-        step = _Step(call, timestep, latents, self.parts.clock())
+    def begin_step(self, stage: FrameType | None, index: int, expected: int) -> None:
+        """Count a step in, and the steps that are to come.
+
+        Combined pipelines run in stages, one inner pipeline after the other, and some pipelines
+        start over for each part of a long video: each time, more steps are expected.
+
+        Args:
+            stage: frame of the innermost pipeline's `__call__`.
+            index: the pipeline's own count of its steps.
+            expected: how many steps that pipeline makes.
+        """
+        if self._steps == 0 or stage is not self._stage:
+            self._stage, self._stage_began = stage, self._steps
+            self.num_steps = self._steps + expected
+        elif index < self._stage_index:
+            as_before = self._steps - self._stage_began
+            self.num_steps = max(self.num_steps, self._steps + as_before)
+            self._stage_began = self._steps
+        self._stage_index = index
         self._steps += 1
         self.num_steps = max(self.num_steps, self._steps)
-        if self._steps == 1:
+
+    def step(self, step: Step, *, is_last: bool) -> None:
+        """Take a step that was counted in: decide, copy what is small, hand over, return."""
+        if self._frames == 0 and self._skipped is None:
             self._first_step_s = step.at_s
-            if self.parts.options.initial and is_first and call is not None:
-                self._submit_initial(call)
+            if self.parts.options.initial and step.is_first:
+                self._submit_initial(step)
         if is_last or self.is_complete or self._is_due(step.at_s):
             self._submit_step(step)
         else:
@@ -164,9 +206,9 @@ class Run:
         """Show the pipeline's finished pictures, uint8 (B, H, W, 3), as the run's last frame."""
         if images is None:
             return
-        images = _of_batch(images, self.parts.options.batch)
+        images = images[: _count(self.parts.options.batch)]
         if self.parts.options.source == "both":
-            images = np.concatenate([images, images], axis=2)
+            images = np.concatenate([images, images], axis=-2)
         self._submit(
             _Job(
                 step_index=self.num_steps - 1,
@@ -205,7 +247,7 @@ class Run:
         self._submitted_bytes += size
         self._worker.submit(job)
 
-    def _submit_step(self, step: _Step) -> None:
+    def _submit_step(self, step: Step) -> None:
         self._skipped = None
         self._last_frame_s = step.at_s
         self._frames += 1
@@ -216,25 +258,32 @@ class Run:
         too_soon = now - self._last_frame_s < options.min_interval_s
         return self._steps % options.every == 0 and not too_soon
 
-    def _submit_initial(self, call: StepCall) -> None:
+    def _submit_initial(self, step: Step) -> None:
         with self.parts.boundary.around("the initial noise"):
+            if step.call is None:
+                return
+            context = self._context(step, step.call.sample)
             self._submit(
                 _Job(
                     step_index=INITIAL_STEP_INDEX,
                     source="noisy",
                     elapsed_s=0.0,
-                    noisy=Snapshot(_of_batch(call.sample, self.parts.options.batch)),
-                    noise_scale=initial_noise_scale(call),
+                    layout=step.layout,
+                    values=self._private(step.values),
+                    noisy=Snapshot(step.call.sample),
+                    context=None if context is None else Snapshot(context),
+                    noise_scale=initial_noise_scale(step.call),
                 )
             )
 
-    def _job(self, step: _Step) -> _Job:
+    def _job(self, step: Step) -> _Job:
         options = self.parts.options
         x0 = None if options.source == "noisy" else self._x0(step)
         noisy = None if x0 is not None and options.source == "denoised" else step.latents
-        noisy, x0 = (None if x is None else _of_batch(x, options.batch) for x in (noisy, x0))
+        context = self._context(step, noisy, x0)
         sigma, scale = self._noise_level(step)
-        images = self._full_decode(_pictured(noisy, x0, scale))
+        images = self._full_decode(step, _pictured(noisy, x0, scale), context)
+        copied = _Snapshots()
         return _Job(
             step_index=self._steps - 1,
             source=options.source if x0 is not None else "noisy",
@@ -242,39 +291,85 @@ class Run:
             eta_s=self._eta_s(step.at_s),
             timestep=_scalar(step.timestep),
             sigma=sigma,
-            noisy=None if noisy is None else Snapshot(noisy),
-            denoised=None if x0 is None else Snapshot(x0),
+            layout=step.layout,
+            values=self._private(step.values),
+            noisy=copied.of(noisy),
+            denoised=copied.of(x0),
+            context=copied.of(context),
             noise_scale=scale,
             images=images,
             decoder="" if images is None else VaeDecoder.name,
         )
 
-    def _x0(self, step: _Step) -> Tensor | None:
-        """None where there is none, or where the scheduler steps another layout than is shown."""
+    def _context(self, step: Step, *shown: Tensor | None) -> Tensor | None:
+        """What the tensors are filled in from; None where they are whole."""
+        context = step.context
+        if context is None or step.layout.row.stepped is None:
+            return None
+        is_whole = all(x is None or x.shape == context.shape for x in shown)
+        return None if is_whole else context
+
+    def _private(self, values: Mapping[str, object]) -> dict[str, object]:
+        """Values with copies in the place of tensors; what did not change is copied once."""
+        return {
+            name: self._copied(name, value) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+
+    def _copied(self, name: str, tensor: Tensor) -> Snapshot:
+        version = 0 if tensor.is_inference() else tensor._version
+        kept = self._kept.get(name)
+        if kept is None or kept[0] is not tensor or kept[1] != version or tensor.is_inference():
+            kept = self._kept[name] = tensor, version, Snapshot(tensor)
+        return kept[2]
+
+    def _x0(self, step: Step) -> Tensor | None:
+        """None where there is none, or where the scheduler steps something else than is shown."""
         x0 = None
+        if step.parts is not None:
+            with self.parts.boundary.around("the predicted x0 (noisy latents are shown)"):
+                return _frame_by_frame(step.latents, step.parts)
         if step.call is not None:
             with self.parts.boundary.around("the predicted x0 (noisy latents are shown)"):
-                x0 = predict_x0(step.call)
-        return x0 if x0 is not None and x0.shape == step.latents.shape else None
+                x0 = _with_kept(predict_x0(step.call), step.kept)
+        if x0 is None or x0.shape == step.latents.shape:
+            return x0
+        return x0 if self._context(step, x0) is not None else None
 
-    def _noise_level(self, step: _Step) -> tuple[float | None, float]:
+    def _noise_level(self, step: Step) -> tuple[float | None, float]:
         if step.call is not None:
             with self.parts.boundary.around("reading the noise level"):
                 return sigma_after(step.call), noise_scale(step.call)
         return None, 1.0
 
-    def _full_decode(self, pictured: Sequence[Tensor]) -> NDArray[np.uint8] | None:
-        decoder, every = self.parts.vae_decoder, self.parts.options.vae_every
+    def _full_decode(
+        self, step: Step, pictured: Sequence[Tensor], context: Tensor | None
+    ) -> NDArray[np.uint8] | None:
+        decoder, every, row = self.parts.vae_decoder, self.parts.options.vae_every, step.layout.row
         if decoder is None or every is None or self._frames % every or self._vae_failed:
             return None
+        if row.space == "pixels" or row.shows == "audio":
+            return None
         try:
-            images = [decoder.decode(self.parts.layout.to_vae(latents)) for latents in pictured]
+            images = []
+            for latents in pictured:
+                shown = _looked_at(step.layout, latents, context, step.values)
+                images.append(self._decoded(decoder, step, shown))
         except Exception as error:
             if _are_finite(pictured):  # else it is not the VAE's fault
                 self._vae_failed = True
                 self.parts.boundary.report("the full VAE decode (vae_every)", error)
             return None
-        return np.concatenate(images, axis=2)
+        return np.concatenate(images, axis=-2)
+
+    def _decoded(self, decoder: VaeDecoder, step: Step, shown: Shown) -> NDArray[np.uint8]:
+        """(B, H, W, 3), or of videos the first frame, (B, 1, H, W, 3)."""
+        latents, frames = shown.latents, shown.frames
+        is_video = frames is not None or (latents.ndim == 5 and latents.shape[2] > 1)
+        latents = latents[:: frames or 1] if latents.ndim == 4 else latents[:, :, :1]
+        latents = latents[: _count(self.parts.options.batch)]
+        images = decoder.decode(latents, step.layout.row.decode, step.layout.row.decode_range)
+        return images[:, None] if is_video else images
 
     def _eta_s(self, now: float) -> float | None:
         left = self.num_steps - self._steps
@@ -285,7 +380,8 @@ class Run:
 
     def _release(self) -> None:
         self.undo()
-        self.call = None
+        self.call = self._stage = None
+        self._kept.clear()
 
     # The worker's thread ------------------------------------------------------------------
     # Here even a BaseException is a failure of a target: Ctrl-C goes to the main thread.
@@ -326,14 +422,27 @@ class Run:
             yield f"preview target {number}, {type(writer).__name__},", writer
 
     def _frame(self, job: _Job) -> Frame:
-        noisy = None if job.noisy is None else job.noisy.wait()
-        x0 = None if job.denoised is None else job.denoised.wait()
-        latents = noisy if x0 is None else x0
-        images, decoder = job.images, job.decoder
-        if images is None:
-            images = self._decode(_pictured(noisy, x0, job.noise_scale), job.step_index)
-            decoder = self._decoder.name
-        is_kept = self.parts.options.keep_latents and latents is not None
+        images, decoder, latents = job.images, job.decoder, None
+        is_kept = self.parts.options.keep_latents
+        if job.layout is not None and (images is None or is_kept):
+            noisy, x0, context = (
+                None if x is None else x.wait() for x in (job.noisy, job.denoised, job.context)
+            )
+            values = {
+                name: value.wait() if isinstance(value, Snapshot) else value
+                for name, value in job.values.items()
+            }
+            if is_kept:
+                kept = noisy if x0 is None else x0
+                assert kept is not None
+                shown = _looked_at(job.layout, kept, context, values)
+                latents = shown.latents[: _count(self.parts.options.batch, shown.frames)]
+            if images is None:
+                pictured = _pictured(noisy, x0, job.noise_scale)
+                self._check_finite(pictured, job.step_index)
+                looked_at = [_looked_at(job.layout, x, context, values) for x in pictured]
+                images, decoder = self._drawn(job.layout, looked_at, values)
+        assert images is not None
         return Frame(
             images=images,
             step_index=job.step_index,
@@ -344,20 +453,86 @@ class Run:
             decoder=decoder,
             elapsed_s=job.elapsed_s,
             eta_s=job.eta_s,
-            layout=self.parts.layout.name,
+            layout="" if job.layout is None else job.layout.name,
             run_index=self.index,
-            latents=self.parts.layout.to_vae(cast(Tensor, latents)) if is_kept else None,
+            latents=latents,
         )
 
-    def _decode(self, pictured: Sequence[Tensor], step_index: int) -> NDArray[np.uint8]:
+    def _check_finite(self, pictured: Sequence[Tensor], step_index: int) -> None:
         if not _are_finite(pictured):
             self.parts.boundary.tell(
                 "finite",
                 f"latents must be finite, got NaN or infinity after step {step_index + 1}; "
                 "such pixels are shown grey, and bfloat16 or float32 may cure it",
             )
-        in_vae_space = map(self.parts.layout.to_vae, pictured)
-        return np.concatenate([self._decoder.decode(x) for x in in_vae_space], axis=2)
+
+    def _drawn(
+        self, layout: Layout, looked_at: Sequence[Shown], values: Mapping[str, object]
+    ) -> tuple[NDArray[np.uint8], str]:
+        """(B, H, W, 3) or (B, F, H, W, 3), the sources side by side, and who drew them."""
+        decoder = _PIXELS if layout.row.space == "pixels" else self._decoder
+        images = []
+        for shown in looked_at:
+            pictures, frames = _as_pictures(layout.to_drawn(shown.latents, values), shown.frames)
+            pictures = pictures[: _count(self.parts.options.batch, frames)]
+            drawn = decoder.decode(pictures)
+            images.append(drawn if frames is None else drawn.reshape(-1, frames, *drawn.shape[1:]))
+        return np.concatenate(images, axis=-2), decoder.name
+
+
+_PIXELS = PixelDecoder()
+
+
+def _frame_by_frame(latents: Tensor, parts: Sequence[tuple[int, StepCall]]) -> Tensor:
+    """(B, C, F, h, w): x0 of the frames that were stepped, the others as they are."""
+    video = latents.float().clone()
+    for number, call in parts:
+        x0 = predict_x0(call)
+        if x0 is not None:
+            video[:, :, number] = x0
+    return video
+
+
+def _with_kept(x0: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """x0 where an inpainting run paints, and its picture everywhere else."""
+    if x0 is None or kept is None or kept[1].shape[1:] != x0.shape[1:]:
+        return x0
+    mask, picture = (tensor.to(x0) for tensor in kept)
+    return picture + mask * (x0 - picture)
+
+
+class _Snapshots:
+    """Copies of tensors; of one that is given twice, one copy."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Snapshot]] = []
+
+    def of(self, tensor: Tensor | None) -> Snapshot | None:
+        """A copy; of None, None."""
+        if tensor is None:
+            return None
+        known = next((copy for seen, copy in self._copies if seen is tensor), None)
+        if known is None:
+            known = Snapshot(tensor)
+            self._copies.append((tensor, known))
+        return known
+
+
+def _looked_at(
+    layout: Layout, latents: Tensor, context: Tensor | None, values: Mapping[str, object]
+) -> Shown:
+    """Latents in VAE space, what is shown of them."""
+    whole = latents if context is None else layout.to_callback(latents.float(), context, values)
+    return layout.to_shown(layout.to_vae(whole, values), whole, values)
+
+
+def _as_pictures(latents: Tensor, frames: int | None) -> tuple[Tensor, int | None]:
+    """(N, C, h, w), and how many of them are one video; None where they are single images."""
+    if latents.ndim == 4:
+        return latents, frames
+    if latents.shape[2] == 1:
+        return latents.squeeze(2), None
+    return latents.transpose(1, 2).flatten(0, 1), latents.shape[2]
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
@@ -370,8 +545,9 @@ def _pictured(noisy: Tensor | None, x0: Tensor | None, scale: float) -> list[Ten
     return shown if x0 is None else [*shown, x0]
 
 
-def _of_batch(values: _Array, batch: Batch) -> _Array:
-    return values if batch == "grid" else values[:1]
+def _count(batch: Batch, frames: int | None = None) -> int | None:
+    """How many pictures of a batch are shown; None is all."""
+    return None if batch == "grid" else frames or 1
 
 
 def _scalar(value: object) -> Snapshot | float | None:

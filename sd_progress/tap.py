@@ -13,10 +13,12 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Protocol
+
+from torch import Tensor
 
 from .boundary import Boundary
 from .x0 import StepCall
@@ -36,6 +38,10 @@ class Pipeline(Protocol):
 
 class Listener(Protocol):
     """Is told of each call of a method; must not raise, because the caller is the run itself."""
+
+    @property
+    def hears_copies(self) -> bool:
+        """Whether it is also told of the calls of the owner's deep copies."""
 
     def before(self, owner: object) -> object:
         """Just before the call; what is returned here is given to `after`."""
@@ -90,10 +96,12 @@ def _wrap(owner: object, method: str) -> _Wrapper:
 
     @functools.wraps(plain)
     def heard(self: object, *args: object, **kwargs: object) -> object:
-        if self is not owner_ref():
-            return _as_it_was(self, method, wrapper)(*args, **kwargs)
-        original = shadowed or functools.partial(plain, self)
         told = tuple(listeners)
+        if self is owner_ref():
+            original = shadowed or functools.partial(plain, self)
+        else:
+            told = tuple(listener for listener in told if listener.hears_copies)
+            original = _as_it_was(self, method, wrapper, shed=not told)
         seen = [listener.before(self) for listener in told]
         output = original(*args, **kwargs)
         for listener, saw in zip(told, seen, strict=True):
@@ -106,16 +114,20 @@ def _wrap(owner: object, method: str) -> _Wrapper:
     return wrapper
 
 
-def _as_it_was(copied: object, method: str, wrapper: _Wrapper) -> Callable[..., object]:
-    """The method of a deep copy, from which our wrapper is taken away."""
-    if _wrapper_of(copied, method) is wrapper:
+def _as_it_was(
+    copied: object, method: str, wrapper: _Wrapper, *, shed: bool
+) -> Callable[..., object]:
+    """The method of a deep copy; to `shed` is to take our wrapper away from the copy."""
+    if wrapper.shadowed is None:
+        original: Callable[..., object] = functools.partial(getattr(type(copied), method), copied)
+    else:
+        function = getattr(wrapper.shadowed, "__func__", None)
+        original = wrapper.shadowed if function is None else types.MethodType(function, copied)
+    if shed and _wrapper_of(copied, method) is wrapper:
         del vars(copied)[method]
         if wrapper.shadowed is not None:
-            function = getattr(wrapper.shadowed, "__func__", None)
-            rebound = wrapper.shadowed if function is None else types.MethodType(function, copied)
-            vars(copied)[method] = rebound
-    method_of_copy: Callable[..., object] = getattr(copied, method)
-    return method_of_copy
+            vars(copied)[method] = original
+    return original
 
 
 def _unlisten(
@@ -134,46 +146,65 @@ def _unlisten(
 
 
 class SchedulerTap:
-    """The last `scheduler.step` of a pipeline, kept until it is asked for.
+    """The last `step` of a run's schedulers, kept until it is asked for.
 
-    Nothing is computed when the scheduler steps: references are kept, and let go of again at the
+    Nothing is computed when a scheduler steps: references are kept, and let go of again at the
     next step or when they are taken.
+
+    Args:
+        clock: seconds, monotonic.
+        boundary: where failures end.
+        on_step: called after each step, on the run's thread.
+
+    Attributes:
+        part: the call's variable that says which frame of a video is stepped, for pipelines that
+            step each with a copy of the scheduler; None for all others.
+        started_s: when the run's first step began.
     """
 
-    def __init__(self, clock: Callable[[], float], boundary: Boundary) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        boundary: Boundary,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
         self._clock = clock
         self._boundary = boundary
-        self._scheduler: weakref.ref[object] | None = None
-        self._signature: inspect.Signature | None = None
-        self._stop: Callable[[], None] | None = None
+        self._on_step = on_step
+        self._heard: list[tuple[weakref.ref[object], Callable[[], None]]] = []
         self._last: StepCall | None = None
+        self._parts: list[tuple[int, StepCall]] = []
         self._steps = 0
+        self.part: str | None = None
         self.started_s: float | None = None
 
-    def attach(self, scheduler: object) -> None:
-        """Listen to this scheduler, and to no other; again if it was already listened to."""
-        current = self._scheduler() if self._scheduler is not None else None
-        if self._stop is not None and current is scheduler:
+    @property
+    def hears_copies(self) -> bool:
+        """Whether copies of the schedulers step parts of the latents."""
+        return self.part is not None
+
+    def attach(self, schedulers: Iterable[object]) -> None:
+        """Listen to these schedulers, and to no other; what is listened to already stays so."""
+        wanted = {id(scheduler): scheduler for scheduler in schedulers}
+        heard = {id(owner()): stop for owner, stop in self._heard}
+        if wanted.keys() == heard.keys():
             return
         self.detach()
-        step = getattr(type(scheduler), "step", None)
-        if step is None:
-            return
-        with self._boundary.around("listening to the scheduler"):
-            self._signature = inspect.signature(step)
-            self._scheduler = weakref.ref(scheduler)
-            self._stop = listen(scheduler, "step", self)
+        for scheduler in wanted.values():
+            with self._boundary.around("listening to the scheduler"):
+                self._heard.append((weakref.ref(scheduler), listen(scheduler, "step", self)))
 
     def detach(self) -> None:
-        """Leave the scheduler as it was found."""
-        stop, self._stop, self._scheduler = self._stop, None, None
-        if stop is not None:
+        """Leave the schedulers as they were found."""
+        heard, self._heard = self._heard, []
+        for _, stop in heard:
             stop()
         self.forget()
 
     def forget(self) -> None:
         """Start anew: the next step is a run's first."""
         self._last, self._steps, self.started_s = None, 0, None
+        self._parts.clear()
 
     def forget_earlier(self) -> None:
         """The last step was the first of a new run; what was before it is forgotten."""
@@ -183,6 +214,21 @@ class SchedulerTap:
         """The step since the last `take`, and whether it was the first of its run."""
         last, self._last = self._last, None
         return last, self._steps == 1
+
+    def take_parts(self) -> list[tuple[int, StepCall]]:
+        """The steps of single frames since the last time, with the frames' numbers."""
+        parts, self._parts = self._parts, []
+        return parts
+
+    @property
+    def count(self) -> int:
+        """How many steps the run has made."""
+        return self._steps
+
+    @property
+    def last(self) -> StepCall | None:
+        """The step since the last `take`."""
+        return self._last
 
     def before(self, owner: object) -> object:
         """Read what the step is going to change."""
@@ -202,33 +248,169 @@ class SchedulerTap:
         output: object,
     ) -> None:
         """Keep the call, by the names of its parameters."""
+        if all(heard() is not owner for heard, _ in self._heard):
+            self._after_part(owner, seen, args, kwargs, output)
+            return
         self._last = None
         with self._boundary.around("reading the scheduler's step"):
-            if not isinstance(seen, tuple) or self._signature is None:
-                return
-            index, is_first_order = seen
-            if index is None:  # set by step() itself, which then counted one up
-                counted = getattr(owner, "step_index", None)
-                index = counted - 1 if isinstance(counted, int) else None
-            bound = self._signature.bind(owner, *args, **kwargs).arguments
+            self._last = self._step_call(owner, seen, args, kwargs, output)
             self._steps += 1
-            self._last = StepCall(owner, bound, index, is_first_order, output)
+        if self._on_step is not None:
+            self._on_step()
+
+    def _after_part(
+        self,
+        owner: object,
+        seen: object,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        output: object,
+    ) -> None:
+        with self._boundary.around("reading the scheduler's step"):
+            calls = running_calls()
+            number = None if calls is None or self.part is None else calls.inner.local(self.part)
+            if isinstance(number, int):
+                call = self._step_call(owner, seen, args, kwargs, output)
+                self._parts.append((number, call))
+
+    def _step_call(
+        self,
+        owner: object,
+        seen: object,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        output: object,
+    ) -> StepCall:
+        index, is_first_order = seen if isinstance(seen, tuple) else (None, True)
+        if index is None:  # set by step() itself, which then counted one up
+            counted = getattr(owner, "step_index", None)
+            index = counted - 1 if isinstance(counted, int) else None
+        signature = _signature(getattr(type(owner), "step"))  # noqa: B009 - no type has one
+        bound = signature.bind(owner, *args, **kwargs).arguments
+        return StepCall(owner, _unshared(bound), index, is_first_order, output)
 
 
 @functools.cache
-def call_code(pipeline_class: type) -> frozenset[CodeType]:
-    """The code objects of `__call__`, of a pipeline's class and of its parents."""
-    calls = (vars(cls).get("__call__") for cls in pipeline_class.__mro__)
-    plain = (inspect.unwrap(call) for call in calls if call is not None)
-    return frozenset(call.__code__ for call in plain if hasattr(call, "__code__"))
+def _signature(function: Callable[..., object]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
-def enclosing_call(codes: frozenset[CodeType]) -> FrameType | None:
-    """The innermost frame on this thread's stack that runs one of `codes`; None if none does."""
+def _unshared(arguments: dict[str, object]) -> dict[str, object]:
+    """The step's arguments, its sample copied where it is part of a larger tensor.
+
+    Some pipelines write the step's result into the tensor that they cut the sample from.
+    """
+    sample = arguments.get("sample")
+    if isinstance(sample, Tensor) and sample.nbytes < sample.untyped_storage().nbytes():
+        arguments["sample"] = sample.clone()
+    return arguments
+
+
+def schedulers_of(pipe: object) -> list[object]:
+    """The schedulers of a pipeline, and of the pipelines in it, each once."""
+    parts = list(vars(pipe).items())
+    for _, part in list(parts):
+        if is_pipeline(type(part)):
+            parts += vars(part).items()
+    found = {
+        id(part): part
+        for name, part in parts
+        if "scheduler" in name and hasattr(type(part), "step")
+    }
+    return list(found.values())
+
+
+_PIPELINES = frozenset({"DiffusionPipeline", "ModularPipeline"})
+
+
+def is_pipeline(cls: type) -> bool:
+    """Whether a class is a pipeline of diffusers, which need not be imported for that."""
+    return any(base.__name__ in _PIPELINES for base in cls.__mro__)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a pipeline that is running.
+
+    Attributes:
+        frame: of the pipeline's `__call__`.
+        pipe: the pipeline.
+    """
+
+    frame: FrameType
+    pipe: Pipeline
+
+    def local(self, *names: str) -> object:
+        """The first of these variables of the call that exists; None if none does."""
+        found = self._variables()
+        return next((found[name] for name in names if name in found), None)
+
+    def has(self, name: str) -> bool:
+        """Whether the call has a variable of this name, set or not yet."""
+        return name in self.frame.f_code.co_varnames
+
+    def read(self, names: Iterable[str]) -> dict[str, object]:
+        """Variables of the call and attributes of its pipeline (`"self.vae_scale_factor"`).
+
+        What is not there is left out. Nothing is copied. `"image?"` is whether there is an image.
+        """
+        names = tuple(names)
+        if not names:
+            return {}
+        found = self._variables()
+        values = {}
+        for name in names:
+            root, *path = name.removesuffix("?").split(".")
+            value = self.pipe if root == "self" else found.get(root, _MISSING)
+            for attribute in path:
+                value = getattr(value, attribute, _MISSING)
+            if name.endswith("?"):
+                value = value is not None and value is not _MISSING
+            if value is not _MISSING:
+                values[name] = value
+        return values
+
+    def _variables(self) -> Mapping[str, object]:
+        """Local variables; of a modular pipeline also what its blocks have put into its state."""
+        found = self.frame.f_locals
+        state = getattr(found.get("state"), "values", None)
+        return {**found, **state} if isinstance(state, dict) else found
+
+
+_MISSING = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """The pipeline calls on a thread's stack: combined pipelines call others."""
+
+    outer: Call
+    inner: Call
+
+
+def running_calls() -> Calls | None:
+    """The outermost and innermost pipeline call on this thread's stack; None without any."""
+    inner = outer = None
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code not in codes:
+    while frame is not None:
+        if _runs_pipeline(frame):
+            outer = frame
+            inner = inner or frame
         frame = frame.f_back
-    return frame
+    if inner is None or outer is None:
+        return None
+    innermost = _call(inner)
+    return Calls(innermost if outer is inner else _call(outer), innermost)
+
+
+def _call(frame: FrameType) -> Call:
+    return Call(frame, frame.f_locals["self"])
+
+
+def _runs_pipeline(frame: FrameType) -> bool:
+    code = frame.f_code
+    is_method = code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
+    return is_method and is_pipeline(type(frame.f_locals.get("self")))
 
 
 def is_running(call: FrameType, thread_id: int) -> bool:
@@ -239,12 +421,9 @@ def is_running(call: FrameType, thread_id: int) -> bool:
     return frame is not None
 
 
-def local(call: FrameType, *names: str) -> object:
-    """The first of these local variables of a running call that exists; None if none does."""
-    found = call.f_locals
-    return next((found[name] for name in names if name in found), None)
-
-
-def is_called_by(codes: frozenset[CodeType]) -> bool:
-    """Whether the caller's caller runs one of `codes`."""
-    return sys._getframe(2).f_code in codes
+def is_called_by_pipeline() -> bool:
+    """Whether the caller's caller is diffusers itself, or a pipeline of someone else's."""
+    frame = sys._getframe(2)
+    module = str(frame.f_globals.get("__name__"))
+    is_theirs = module.startswith("diffusers.") and module != "diffusers.callbacks"
+    return is_theirs or _runs_pipeline(frame)

@@ -40,6 +40,13 @@ class StepCall:
         return cast(Tensor, self.arguments["sample"])
 
     @property
+    def prev_sample(self) -> Tensor | None:
+        """The latents after the step; None where it returned something else."""
+        first = self.output[0] if isinstance(self.output, tuple) else None
+        found = getattr(self.output, "prev_sample", first)
+        return found if isinstance(found, Tensor) else None
+
+    @property
     def timestep(self) -> object:
         """What the pipeline passed as the timestep."""
         return self.arguments.get("timestep")
@@ -82,7 +89,8 @@ def predict_x0(call: StepCall) -> Tensor | None:
         call: a recorded `scheduler.step`.
 
     Returns:
-        float32, shape and device of the sample; None where the scheduler has no closed form.
+        float32, shape and device of the sample (whole numbers where it is token ids); None where
+        the scheduler has no closed form.
         Clipping and thresholding, where a scheduler has them switched on, are not applied.
 
     Source: the `step` and `convert_model_output` methods of diffusers 0.42.1, scheduler by
@@ -93,7 +101,7 @@ def predict_x0(call: StepCall) -> Tensor | None:
     formula = _formula_for(call.scheduler)
     if formula is None:
         named = getattr(call.output, "pred_original_sample", None)
-        return named.float() if isinstance(named, Tensor) else None
+        return named if isinstance(named, Tensor) else None
     sample = call.sample.float()
     model_output = cast(Tensor, call.arguments["model_output"]).float()
     return formula(call, sample, _without_variance(model_output, sample))

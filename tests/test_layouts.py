@@ -172,7 +172,7 @@ def test_an_unknown_pipeline_is_inferred():
 def test_other_shapes_are_refused():
     """Packed latents and other channel counts are an error that names the pipeline."""
     layout = layout_for(tiny.sd())
-    with pytest.raises(ValueError, match=r"latents must be \(B, 4, h, w\) for StableDiffusionPip"):
+    with pytest.raises(ValueError, match=r"latents must become \(B, 4, h, w\) for StableDiffusi"):
         layout.to_vae(torch.ones(1, 6, 64))
-    with pytest.raises(ValueError, match=r"got \(1, 16, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"got \(1, 16, 2, 2\), which the known layout 'scaled'"):
         layout.to_vae(torch.ones(1, 16, 2, 2))

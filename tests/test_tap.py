@@ -9,16 +9,16 @@ import types
 
 import pytest
 import tiny
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers.modular_pipelines import PipelineState
 
 from sd_progress.boundary import Boundary
 from sd_progress.tap import (
     SchedulerTap,
-    call_code,
-    enclosing_call,
     is_running,
     listen,
-    local,
+    running_calls,
+    schedulers_of,
 )
 
 
@@ -35,6 +35,8 @@ def step(stepped):
 
 class Calls(list):
     """A listener that keeps what it hears."""
+
+    hears_copies = False
 
     def before(self, owner):
         return "seen before"
@@ -150,7 +152,7 @@ def test_each_listener_has_a_clock_of_its_own():
     watched = scheduler()
     taps = [a_tap(lambda: 1.0), a_tap(lambda: 2.0)]
     for tap in taps:
-        tap.attach(watched)
+        tap.attach([watched])
     step(watched)
     assert [tap.started_s for tap in taps] == [1.0, 2.0]
 
@@ -158,7 +160,7 @@ def test_each_listener_has_a_clock_of_its_own():
 def test_what_fails_in_the_tap_does_not_reach_the_step():
     """A clock that raises costs the record, not the run."""
     watched, boundary = scheduler(), Boundary("raise")
-    SchedulerTap(lambda: 1 / 0, boundary).attach(watched)
+    SchedulerTap(lambda: 1 / 0, boundary).attach([watched])
     assert step(watched) is not None
     with pytest.raises(ZeroDivisionError, match="division"):
         boundary.raise_kept()
@@ -177,7 +179,7 @@ def test_a_scheduler_that_cannot_be_wrapped_is_let_be():
 
     boundary = Boundary("raise")
     tap = SchedulerTap(lambda: 0.0, boundary)
-    tap.attach(Slots())
+    tap.attach([Slots()])
     assert tap.take() == (None, False)
     with pytest.raises(TypeError, match="weak reference"):
         boundary.raise_kept()
@@ -186,7 +188,7 @@ def test_a_scheduler_that_cannot_be_wrapped_is_let_be():
 def test_the_tap_records_by_name():
     """Positional arguments come out under their names; taking forgets."""
     watched, tap = scheduler(), a_tap(lambda: 5.0)
-    tap.attach(watched)
+    tap.attach([watched])
     step(watched)
     call, is_first = tap.take()
     assert set(call.arguments) >= {"model_output", "timestep", "sample"}
@@ -198,7 +200,7 @@ def test_the_step_index_is_the_one_of_the_step():
     """Whether or not it was set before, it is the index that the step used."""
     watched, tap = EulerDiscreteScheduler(**tiny.BETAS), a_tap()
     watched.set_timesteps(4)
-    tap.attach(watched)
+    tap.attach([watched])
     x, indices = tiny.torch.ones(1, 4, 2, 2), []
     for t in watched.timesteps:
         x = watched.step(x, t, watched.scale_model_input(x, t)).prev_sample
@@ -209,15 +211,15 @@ def test_the_step_index_is_the_one_of_the_step():
 def test_attaching_to_another_scheduler_frees_the_first():
     """One tap is on one scheduler."""
     first, second, tap = scheduler(), scheduler(), a_tap()
-    tap.attach(first)
-    tap.attach(second)
+    tap.attach([first])
+    tap.attach([second])
     assert ("step" in vars(first), "step" in vars(second)) == (False, True)
 
 
-class Pipe:
+class Pipe(DiffusionPipeline):
     """Calls back, like a pipeline."""
 
-    def __call__(self, function):
+    def __call__(self, function, state=None):
         image = "the local one"
         function()
         return image
@@ -228,15 +230,97 @@ def test_the_frame_of_a_call():
     found = []
 
     def inside():
-        call = enclosing_call(call_code(Pipe))
-        found.append((call, local(call, "nothing", "image"), local(call, "nothing")))
+        call = running_calls().inner
+        found.append((call, call.local("nothing", "image"), call.local("nothing")))
 
     pipe = Pipe()
     pipe(inside)
     call, image, nothing = found[0]
-    assert (image, nothing) == ("the local one", None)
-    assert enclosing_call(call_code(Pipe)) is None
-    assert not is_running(call, threading.get_ident())
+    assert (image, nothing, call.pipe) == ("the local one", None, pipe)
+    assert running_calls() is None
+    assert not is_running(call.frame, threading.get_ident())
+
+
+def test_what_is_read_of_a_call():
+    """Variables, attributes of the pipeline, whether there is one; what is missing is left out."""
+    found = []
+    names = ("image", "self.vae_scale_factor", "self.nothing.at_all", "nothing", "state?")
+    pipe = Pipe()
+    pipe.vae_scale_factor = 8
+    pipe(lambda: found.append(running_calls().inner.read(names)))
+    assert found == [{"image": "the local one", "self.vae_scale_factor": 8, "state?": False}]
+
+
+def test_the_state_of_a_modular_pipeline_counts_as_its_variables():
+    """Its blocks keep height and width there, and not in the call."""
+    found = []
+    state = PipelineState(values={"height": 16})
+    Pipe()(lambda: found.append(running_calls().inner.read(("height", "image"))), state)
+    assert found == [{"height": 16, "image": "the local one"}]
+
+
+def test_combined_pipelines_have_an_outer_and_an_inner_call():
+    """The outer one is the run's, the inner one has the variables."""
+    found = []
+    inner, outer = Pipe(), Pipe()
+    outer(lambda: inner(lambda: found.append(running_calls())))
+    assert (found[0].outer.pipe, found[0].inner.pipe) == (outer, inner)
+
+
+def test_the_schedulers_of_a_pipeline():
+    """Its own and those of the pipelines in it, each once; nothing else that has a `step`."""
+    inner, outer = Pipe(), Pipe()
+    inner.scheduler = outer.scheduler = scheduler()
+    outer.prior_scheduler, outer.prior_pipe = scheduler(), inner
+    assert schedulers_of(outer) == [outer.scheduler, outer.prior_scheduler]
+
+
+def test_copies_are_heard_on_request():
+    """A pipeline that steps each frame with a copy of its scheduler is heard, and copies shed."""
+
+    class OfCopies(Calls):
+        """Hears copies, too."""
+
+        hears_copies = True
+
+    watched, calls = scheduler(), OfCopies()
+    stop = listen(watched, "step", calls)
+    copied = copy.deepcopy(watched)
+    step(copied)
+    stop()
+    step(copied)
+    assert len(calls) == 1
+    assert "step" not in vars(copied)
+
+
+def test_parts_come_with_their_number():
+    """The steps of single frames are kept with the variable that says which frame it was."""
+    watched, tap = scheduler(), a_tap()
+    tap.part = "image"
+    tap.attach([watched])
+    copied = copy.deepcopy(watched)
+
+    class Frames(DiffusionPipeline):
+        """Steps its third frame."""
+
+        def __call__(self):
+            image = 2
+            step(copied)
+            return image
+
+    Frames()()
+    assert [number for number, _ in tap.take_parts()] == [2]
+    assert tap.take_parts() == []
+
+
+def test_a_sample_that_is_part_of_a_tensor_is_kept_apart():
+    """Some pipelines write the result over it before the callback comes."""
+    watched, tap = scheduler(), a_tap()
+    tap.attach([watched])
+    whole = tiny.torch.ones(1, 8, 2, 2)
+    watched.step(whole[:, :4], watched.timesteps[0], whole[:, :4])
+    whole.zero_()
+    assert tap.take()[0].sample.unique().tolist() == [1.0]
 
 
 def test_a_running_call_is_seen_from_another_thread():
@@ -264,6 +348,7 @@ def test_a_decorated_call_of_a_parent_is_known():
             return super().__call__(function)
 
     found = []
-    Derived()(lambda: found.append(enclosing_call(call_code(Derived))))
-    assert found[0].f_code is Pipe.__call__.__code__
-    assert len(call_code(Derived)) == 2
+    Derived()(lambda: found.append(running_calls()))
+    assert found[0].inner.frame.f_code is Pipe.__call__.__code__
+    assert found[0].outer.frame.f_code.co_name == "__call__"
+    assert found[0].outer.frame is not found[0].inner.frame

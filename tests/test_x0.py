@@ -30,7 +30,7 @@ def make(name, **config):
 
 def listening(scheduler):
     tap = SchedulerTap(lambda: 0.0, Boundary("raise"))
-    tap.attach(scheduler)
+    tap.attach([scheduler])
     return tap
 
 
