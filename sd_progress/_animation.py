@@ -21,9 +21,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Timing:
-    """How long frames stay, and how often they all play (0 is forever)."""
+    """What holds for a whole file.
 
-    duration_ms: int
+    Attributes:
+        tick_ms: the duration that a format with a constant frame rate counts in.
+        hold_last_ms: how long the last frame stays.
+        loop: how often all of them play; 0 is forever.
+    """
+
+    tick_ms: int
     hold_last_ms: int
     loop: int
 
@@ -36,7 +42,7 @@ class Animation(Protocol):
     def __init__(self, wanted: Path, timing: Timing) -> None: ...
     @property
     def path(self) -> Path | None: ...
-    def add(self, image: Image.Image) -> None: ...
+    def add(self, image: Image.Image, duration_ms: int) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -94,8 +100,8 @@ class GrowingAnimation(ABC):
     def path(self) -> Path | None:
         return None if self.file is None else self.file.path
 
-    def add(self, image: Image.Image) -> None:
-        block = self.block(image)
+    def add(self, image: Image.Image, duration_ms: int) -> None:
+        block = self.block(image, duration_ms)
         if self.file is None:
             header = self.header(image, block)
             self.file = GrowingFile(self.wanted, header + block, self.trailer)
@@ -119,7 +125,7 @@ class GrowingAnimation(ABC):
         """What stands before the first block."""
 
     @abstractmethod
-    def block(self, image: Image.Image) -> bytes:
+    def block(self, image: Image.Image, duration_ms: int) -> bytes:
         """One frame, encoded."""
 
     def settle(self, file: GrowingFile, size: int) -> None:  # noqa: B027 (a GIF need not)
@@ -142,8 +148,8 @@ class Gif(GrowingAnimation):
         repeats = max(0, self.timing.loop - 1)  # 0 is forever; else how often after the first time
         return screen + struct.pack("<3s11sBBHB", b"!\xff\x0b", b"NETSCAPE2.0", 3, 1, repeats, 0)
 
-    def block(self, image: Image.Image) -> bytes:
-        control = struct.pack("<3sBHBB", b"!\xf9\x04", 1 << 2, self.timing.duration_ms // 10, 0, 0)
+    def block(self, image: Image.Image, duration_ms: int) -> bytes:
+        control = struct.pack("<3sBHBB", b"!\xf9\x04", 1 << 2, duration_ms // 10, 0, 0)
         return control + _gif_picture(_dithered(image))
 
     def hold(self, file: GrowingFile) -> None:
@@ -186,11 +192,11 @@ class Apng(GrowingAnimation):
         head = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0))
         return b"\x89PNG\r\n\x1a\n" + head + self._frame_count(1)
 
-    def block(self, image: Image.Image) -> bytes:
+    def block(self, image: Image.Image, duration_ms: int) -> bytes:
         sequence = max(0, 2 * self.frames - 1)  # the first picture's own chunk has no number
         self._size = image.size
         pixels = b"".join(_png_chunks(png_bytes(image), b"IDAT"))
-        control = self._control(sequence, self.timing.duration_ms)
+        control = self._control(sequence, duration_ms)
         if sequence == 0:
             return control + _png_chunk(b"IDAT", pixels)
         return control + _png_chunk(b"fdAT", struct.pack(">I", sequence + 1) + pixels)
@@ -235,11 +241,11 @@ class Webp(GrowingAnimation):
         chunks += _riff_chunk(b"ANIM", struct.pack("<IH", 0, self.timing.loop))
         return struct.pack("<4sI4s", b"RIFF", 4 + len(chunks) + len(block), b"WEBP") + chunks
 
-    def block(self, image: Image.Image) -> bytes:
+    def block(self, image: Image.Image, duration_ms: int) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=90, method=4)
         place = _int24(0) * 2 + _int24(image.width - 1) + _int24(image.height - 1)
-        control = place + _int24(self.timing.duration_ms) + b"\x02"  # 2: replaces the one before
+        control = place + _int24(duration_ms) + b"\x02"  # 2: replaces the one before
         return _riff_chunk(b"ANMF", control + buffer.getvalue()[12:])
 
     def settle(self, file: GrowingFile, size: int) -> None:
@@ -258,7 +264,10 @@ def _int24(value: int) -> bytes:
 
 
 class Mp4:
-    """H.264 in yuv420p with its index in front, which browsers play; encoded by ffmpeg."""
+    """H.264 in yuv420p with its index in front, which browsers play; encoded by ffmpeg.
+
+    One frame rate, one frame per tick: what stays longer is sent as often as fits best.
+    """
 
     side_multiple: ClassVar[int] = 2
 
@@ -269,20 +278,22 @@ class Mp4:
         self._temporary = temporary_path(wanted.parent)
         self._ffmpeg: Generator[None, bytes | None, None] | None = None
         self._last = b""
+        self._last_ticks = 0
         self._frames = 0
 
-    def add(self, image: Image.Image) -> None:
+    def add(self, image: Image.Image, duration_ms: int) -> None:
         if self._ffmpeg is None:
             self._ffmpeg = self._started(image.size)
         self._last = image.tobytes()
-        self._send(1)
+        self._last_ticks = max(1, round(duration_ms / self._timing.tick_ms))
+        self._send(self._last_ticks)
 
     def finish(self) -> None:
         if self._ffmpeg is None:
             return
         try:
-            repeats = self._timing.hold_last_ms / self._timing.duration_ms
-            self._send(max(0, round(repeats) - 1))
+            ticks = round(self._timing.hold_last_ms / self._timing.tick_ms)
+            self._send(max(0, ticks - self._last_ticks))
             self._stop()
             self._check()
             self.path = publish(self._temporary, self._wanted)
@@ -297,7 +308,7 @@ class Mp4:
         ffmpeg: Generator[None, bytes | None, None] = imageio_ffmpeg.write_frames(
             str(self._temporary),
             size,
-            fps=1000 / self._timing.duration_ms,
+            fps=1000 / self._timing.tick_ms,
             quality=8,
             macro_block_size=self.side_multiple,
             ffmpeg_log_level="fatal",

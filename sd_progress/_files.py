@@ -92,4 +92,5 @@ def _made_new(path: Path) -> bool:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return any(folder.glob("step_*.png")) or (folder / "final.png").exists()
+    patterns = ("step_*.png", "final.png", "step_*/frame_*.png", "final/frame_*.png")
+    return any(any(folder.glob(pattern)) for pattern in patterns)

@@ -49,6 +49,13 @@ class Boundary:
         else:
             self.tell(part, f"{part} failed: {_described(error)}; the run goes on")
 
+    def explain(self, part: str, error: BaseException) -> None:
+        """Like `report`, for an error whose message says all that there is to know."""
+        if self._on_error == "raise":
+            self._kept = self._kept or error
+        else:
+            self.tell(part, f"{error}; the run goes on")
+
     def tell(self, topic: str, message: str) -> None:
         """Warn, the first time for this topic."""
         if topic not in self._told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal, get_args
@@ -19,6 +20,7 @@ Source = Literal["denoised", "noisy", "both", "final"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 INITIAL_STEP_INDEX = -1
+MAX_ROW_FRAMES = 8  # of a clip's contact sheet that is a single row
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,9 @@ class Frame:
     """One preview of one step: pixels, and where in the run they come from.
 
     Attributes:
-        images: uint8 RGB, (B, H, W, 3), or (B, F, H, W, 3) for video; `source="both"` puts the
-            noisy picture left of the denoised one.
+        images: uint8 RGB, (B, H, W, 3), or (B, F, H, W, 3) for video, B clips of F frames;
+            `source="both"` puts the noisy picture left of the denoised one. H, W and F may
+            change in the course of a run; F is 1 where only one frame of a clip was decoded.
         step_index: 0-based count of this run's callbacks; -1 is the initial noise. Not the
             pipeline's own index, which counts half steps and restarts in some pipelines.
         num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler).
@@ -69,9 +72,35 @@ class Frame:
         return self.step_index + 1 >= self.num_steps
 
     @property
+    def is_video(self) -> bool:
+        """Whether `images` are clips, (B, F, H, W, 3); so they are with F = 1."""
+        return self.images.ndim == 5
+
+    @property
     def image(self) -> Image.Image:
-        """RGB picture of the whole batch as a grid; for video one row per clip."""
+        """RGB picture of everything: images as a near-square grid, each clip as a contact sheet.
+
+        A clip is one row of frames, or near-square where it has more than 8; clips are stacked.
+        Clips of a single frame are laid out as images are. Cells without a picture are black.
+        """
         return Image.fromarray(as_grid(self.images))
+
+    @property
+    def middle(self) -> Image.Image:
+        """RGB picture of frame F // 2 of all clips, as a near-square grid; of images, `image`."""
+        pictures = self._pictures()
+        return Image.fromarray(as_grid(pictures[len(pictures) // 2]))
+
+    def clip(self) -> list[Image.Image]:
+        """The video as F RGB pictures, each of all clips as a near-square grid.
+
+        Of images, it is `[image]`.
+        """
+        return [Image.fromarray(as_grid(images)) for images in self._pictures()]
+
+    def _pictures(self) -> NDArray[np.uint8]:
+        """(F, B, H, W, 3); F is 1 for images."""
+        return self.images.swapaxes(0, 1) if self.is_video else self.images[None]
 
     def metadata(self) -> dict[str, str]:
         """Where the frame comes from, as text, for an image file's header."""
@@ -111,13 +140,24 @@ class Frame:
 
 
 def as_grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(B, H, W, 3) as a near-square grid, (B, F, H, W, 3) as B rows of F; uint8 (H', W', 3).
+    """All pictures in one, uint8 (H', W', 3); cells that have no picture are black.
 
-    Cells that have no picture are black.
+    Args:
+        images: uint8; (B, H, W, 3) becomes a near-square grid, (B, F, H, W, 3) B contact sheets
+            one below the other: one row each for F up to 8, near-square above. F = 1 is as
+            (B, H, W, 3).
     """
-    if images.ndim == 5:
-        return _tiled(images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
-    return _tiled(images, columns=int(np.ceil(np.sqrt(len(images)))))
+    if images.ndim == 4:
+        return _tiled(images, _near_square(len(images)))
+    frames = images.shape[1]
+    if frames == 1:
+        return as_grid(images[:, 0])
+    columns = frames if frames <= MAX_ROW_FRAMES else _near_square(frames)
+    return np.concatenate([_tiled(clip, columns) for clip in images])
+
+
+def _near_square(count: int) -> int:
+    return math.ceil(math.sqrt(count))
 
 
 def _tiled(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:

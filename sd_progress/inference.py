@@ -9,18 +9,22 @@ from torch import Tensor
 from . import operations as op
 from .operations import Reading
 
-INFERRED_READS = ("height", "width")
+_SIZE = ("height", "width")
+_VIDEO_GRID = ("latent_num_frames", "latent_height", "latent_width")
+INFERRED_READS = (*_SIZE, "num_frames", *_VIDEO_GRID)
 
 
 def infer(latents: Tensor, reading: Reading) -> Tensor | None:
     """Latents of any known kind of layout -> VAE space.
 
-    Plain and channels-last images, images patchified or packed in 1x1 or 2x2 patches, videos with
-    either order of axes, for image and video VAEs; normalised as the VAE's config and buffers say.
+    Plain and channels-last images, images patchified or packed in 1x1 or 2x2 patches, videos in any
+    order of axes or as tokens, for image and video VAEs; normalised as the VAE's config and buffers
+    say.
 
     Args:
         latents: as the pipeline steps them.
-        reading: the VAE's statistics, and height and width in pixels where the call has them.
+        reading: the VAE's statistics; height and width in pixels, number of frames and the sides of
+            the latent grid where the call has them.
 
     Returns:
         (B, C, h, w) or (B, C, F, h, w); None where no layout fits the shape.
@@ -32,6 +36,8 @@ def infer(latents: Tensor, reading: Reading) -> Tensor | None:
     if aligned is None:
         return None
     patch = math.isqrt(aligned.shape[1] // channels)
+    if patch > 1 and aligned.ndim == 5:
+        return None
     if _is_per_patch(reading, channels):  # batch-norm statistics of 2x2 patches
         if patch == 1:
             aligned, patch = op.patchified(aligned, reading), 2
@@ -56,15 +62,25 @@ def _channels_second(latents: Tensor, channels: int, reading: Reading) -> Tensor
 
 
 def _on_grid(tokens: Tensor, reading: Reading) -> Tensor | None:
-    """(B, N, D) -> (B, D, rows, columns), with the aspect ratio of the picture."""
-    height, width = (reading.optional(name) for name in INFERRED_READS)
-    count = tokens.shape[1]
+    """(B, N, D) -> (B, D, rows, columns), with the aspect ratio of the picture; or with frames."""
+    count, frames = tokens.shape[1], reading.optional("num_frames")
+    if reading.statistics.is_video and isinstance(frames, int) and frames > 1:
+        return _on_video_grid(tokens, reading)
+    height, width = (reading.optional(name) for name in _SIZE)
     if not isinstance(height, int) or not isinstance(width, int) or height < 1 or width < 1:
         return None
     rows = round(math.sqrt(count * height / width))
     if rows < 1 or count % rows or abs(count // rows - rows * width / height) >= 1:
         return None
     return tokens.transpose(1, 2).reshape(len(tokens), -1, rows, count // rows)
+
+
+def _on_video_grid(tokens: Tensor, reading: Reading) -> Tensor | None:
+    """(B, N, D) -> (B, D, F, h, w), where the call has these as numbers and N is their product."""
+    grid = [side for name in _VIDEO_GRID if isinstance(side := reading.optional(name), int)]
+    if len(grid) != len(_VIDEO_GRID) or math.prod(grid) != tokens.shape[1]:
+        return None
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def _is_per_patch(reading: Reading, channels: int) -> bool:

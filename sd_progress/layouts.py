@@ -19,6 +19,7 @@ from .inference import INFERRED_READS, infer
 from .operations import Function, Operation, Reading, VaeStatistics
 
 __all__ = [
+    "COMBINED",
     "INFERRED",
     "NOT_SHOWN",
     "ROWS",
@@ -28,6 +29,7 @@ __all__ = [
     "Row",
     "default_registry",
     "layout_for",
+    "reason_not_shown",
     "register",
     "vae_of",
 ]
@@ -213,14 +215,16 @@ class Layout:
             raise LayoutError(self._message(latents))
 
     def _message(self, latents: Tensor, reason: str = "") -> str:
-        wanted = f"(B, {self.statistics.latent_channels or 'C'}, h, w)"
-        found = "known" if self.row is not INFERRED else "inferred"
+        shape, channels = tuple(latents.shape), self.statistics.latent_channels or "C"
+        got = f"latents must become (B, {channels}, h, w) for {self.pipeline}, got {shape}"
+        if self.row is INFERRED:
+            got += ", a layout that nobody knows and that cannot be inferred"
+        else:
+            got += f", which the layout {self.name!r} does not fit{reason}"
         return (
-            f"latents must become {wanted} for {self.pipeline}, got {tuple(latents.shape)}, which "
-            f"the {found} layout {self.name!r} does not fit{reason}; register one: "
-            f"`from sd_progress import layouts` and "
-            f"`layouts.register('{self.pipeline}', my_function)`, or "
-            f"`layouts.register('{self.pipeline}', 'FluxPipeline')` if it is laid out like that one"
+            f"{got}; register one in two lines: `from sd_progress import layouts` and "
+            f"`layouts.register('{self.pipeline}', 'FluxPipeline')` if it is laid out like that "
+            "one, or a function (latents, reading) -> latents in that one's place"
         )
 
 
@@ -231,7 +235,7 @@ def _infer(latents: Tensor, reading: Reading) -> Tensor:
     return found
 
 
-INFERRED = Row("inferred", (Operation(_infer, INFERRED_READS),))
+INFERRED = Row("inferred", (Operation(_infer, INFERRED_READS),), least_ndim=0)
 _PIXELS = Row("pixels", (op.as_they_are,), space="pixels")
 
 
@@ -260,7 +264,6 @@ ROWS = (
             "StableDiffusionAttendAndExcite StableDiffusionDiffEdit StableDiffusionLDM3D "
             "StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPix2PixZero "
             "CycleDiffusion SemanticStableDiffusion PaintByExample "
-            "LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL "
             "VersatileDiffusionDualGuided VersatileDiffusionImageVariation "
             "VersatileDiffusionTextToImage TextToVideoZero TextToVideoZeroSDXL "
             "StableUnCLIP StableUnCLIPImg2Img StableDiffusion3Inpaint "
@@ -508,6 +511,13 @@ ROWS = (
         _names("Mochi SanaWM"),
         shows="video",
         stepped=op.tokens_in_place,
+    ),
+    Row(
+        "video_block",
+        (op.standardised_or_scaled,),
+        frozenset({"SanaWMLTX2Refiner"}),
+        shows="video",
+        limits="the part of the video that is being painted",
     ),
     Row(
         "video_standardised_over_sigma_data",

@@ -16,7 +16,7 @@ from .boundary import Boundary
 from .decoders import Decoder, PixelDecoder, VaeDecoder
 from .engine import PATIENCE_S, Snapshot, Worker
 from .frame import INITIAL_STEP_INDEX, Frame, Source
-from .layouts import Layout, Shown
+from .layouts import Layout, LayoutError, Shown
 from .tap import SchedulerTap, is_running
 from .writers import Writer
 from .x0 import StepCall, initial_noise_scale, noise_scale, predict_x0, sigma_after
@@ -203,7 +203,11 @@ class Run:
             self._skipped = step
 
     def submit_final(self, images: NDArray[np.uint8] | None) -> None:
-        """Show the pipeline's finished pictures, uint8 (B, H, W, 3), as the run's last frame."""
+        """Show the pipeline's own finished pictures as the run's last frame.
+
+        Args:
+            images: (B, H, W, 3) or (B, F, H, W, 3) uint8; None shows nothing.
+        """
         if images is None:
             return
         images = images[: _count(self.parts.options.batch)]
@@ -403,6 +407,8 @@ class Run:
     def _handle(self, job: _Job) -> None:
         try:
             self._write(self._frame(job))
+        except LayoutError as error:
+            self.parts.boundary.explain("the layout", error)
         except BaseException as error:
             self.parts.boundary.report("making a preview frame", error)
         self._handled_bytes += job.size_bytes

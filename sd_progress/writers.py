@@ -15,24 +15,27 @@ import io
 import os
 import queue as queues
 import re
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ._animation import FORMATS, Animation, Size, Timing, png_bytes
-from ._files import claim_folder, move_over, publish, write_temporary
+from ._files import claim_folder, move_over, publish, temporary_path, write_temporary
 from .frame import Frame
 
 __all__ = [
+    "AnimationVideo",
     "AnimationWriter",
     "CallableWriter",
     "ContactSheetWriter",
+    "FolderVideo",
     "FrameQueue",
     "PngFolderWriter",
     "QueueWriter",
@@ -43,6 +46,8 @@ __all__ = [
 ]
 
 Resample = Literal["nearest", "smooth"]
+FolderVideo = Literal["sheet", "frames"]
+AnimationVideo = Literal["middle", "clip", "mosaic"]
 
 
 @runtime_checkable
@@ -107,6 +112,10 @@ class PngFolderWriter:
     the run goes to `steps-2`, `steps-3` and so on. (While it runs, a lock file holds the folder;
     that of a killed process only means that the next run takes the next name.)
 
+    A step of a video is a contact sheet (`Frame.image`), or a folder of its frames, which appears
+    with all of them at once: `step_001/frame_000.png`, ..., `final/frame_000.png`. These carry a
+    `frame_index` too, which counts the step's own frames from 0.
+
     Attributes:
         path: the folder of the current or last run; None before the first.
     """
@@ -119,6 +128,7 @@ class PngFolderWriter:
         *,
         min_side_px: int | None = None,
         resample: Resample = "nearest",
+        video: FolderVideo = "sheet",
     ) -> None:
         """Choose the folder; it is made by the first `write`.
 
@@ -127,29 +137,51 @@ class PngFolderWriter:
             min_side_px: enlarge pictures until the shorter side has this many pixels (a whole
                 factor with `"nearest"`); None keeps the exact pixels.
             resample: `"nearest"` keeps latent pixels visible, `"smooth"` is bicubic.
+            video: `"sheet"` is one contact sheet for each step of a video, `"frames"` one folder
+                of single frames; nothing changes for images.
 
         Raises:
             ValueError: an option is out of range.
         """
         self._folder = _nameable(folder, "folder")
         self._min_side_px = _checked_side(min_side_px)
-        self._resample = _checked_resample(resample)
+        self._resample = _checked_choice("resample", resample, Resample)
+        self._video = _checked_choice("video", video, FolderVideo)
         self._lock: Path | None = None
         self.path = None
 
     def write(self, frame: Frame) -> None:
-        """Write one PNG, whole or not at all.
+        """Write one PNG, or one folder of them, whole or not at all.
 
         Raises:
-            OSError: the folder cannot be made, or the disk is full.
+            OSError: the folder cannot be made, the disk is full, or there already is a folder of
+                single frames for this step.
         """
         if self.path is None or self._lock is None:
             self.path, self._lock = claim_folder(self._folder)
-        picture = frame.image
+        if frame.is_video and self._video == "frames":
+            self._write_clip(self.path / _step_name(frame), frame)
+        else:
+            temporary = write_temporary(self.path, self._png(frame.image, frame.metadata()))
+            move_over(temporary, self.path / f"{_step_name(frame)}.png")
+
+    def _write_clip(self, folder: Path, frame: Frame) -> None:
+        temporary = temporary_path(folder.parent)
+        clip, text = frame.clip(), frame.metadata()
+        digits = max(3, len(str(len(clip) - 1)))
+        try:
+            temporary.mkdir(parents=True)
+            for index, picture in enumerate(clip):
+                png = self._png(picture, {**text, "frame_index": str(index)})
+                (temporary / f"frame_{index:0{digits}}.png").write_bytes(png)
+            temporary.rename(folder)  # refused where one is there that has something in it
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _png(self, picture: Image.Image, text: dict[str, str]) -> bytes:
         size = _enlarged(picture.size, self._min_side_px, self._resample)
-        png = png_bytes(_resized(picture, size, self._resample), frame.metadata())
-        temporary = write_temporary(self.path, png)
-        move_over(temporary, self.path / _png_name(frame))
+        return png_bytes(_resized(picture, size, self._resample), text)
 
     def close(self) -> None:
         """End the run: the next `write` takes another folder."""
@@ -170,6 +202,11 @@ class AnimationWriter:
 
     The first frame, enlarged, is the canvas; later frames of another size are fitted into it.
 
+    A step of a video is one frame of the animation, the middle one of its clip or a contact sheet
+    (`Frame.image`; a run whose first step has fewer frames than the others shows small sheets).
+    Or its whole clip plays, as many frames as it has, and after it the next step's. A clip of one
+    frame is a still and stays as long as a picture does.
+
     Attributes:
         path: the file of the current or last run; None until it exists.
     """
@@ -183,6 +220,8 @@ class AnimationWriter:
         min_side_px: int | None = 256,
         resample: Resample = "smooth",
         loop: int = 0,
+        video: AnimationVideo = "middle",
+        clip_frame_ms: int | None = None,
     ) -> None:
         """Choose the file; it is made by the first `write`.
 
@@ -194,9 +233,15 @@ class AnimationWriter:
                 with `"nearest"`); None keeps the first frame's size. MP4 rounds up to even sides.
             resample: `"nearest"` keeps latent pixels visible, `"smooth"` is bicubic.
             loop: how often the animation plays; 0 is forever. MP4 has no such setting.
+            video: what a step of a video shows: the `"middle"` frame of its clip, the whole
+                `"clip"` in motion, or all its frames as a `"mosaic"`; nothing changes for images.
+            clip_frame_ms: how long each frame of a clip stays, 20 to 60000, with `video="clip"`
+                only; None is `duration_ms`. An MP4 that begins with a clip has one frame per
+                `clip_frame_ms`; other durations are rounded to whole frames, at least one.
 
         Raises:
-            ValueError: an unknown suffix, or an option out of range.
+            ValueError: an unknown suffix, an option out of range, or `clip_frame_ms` without
+                `video="clip"`.
             ModuleNotFoundError: `.mp4` without the `mp4` extra.
         """
         self._wanted = _nameable(path, "path")
@@ -206,8 +251,11 @@ class AnimationWriter:
             _checked_range("hold_last_ms", hold_last_ms, 20, 60_000),
             _checked_range("loop", loop, 0, 65_535),
         )
+        self._duration_ms = duration_ms
         self._min_side_px = _checked_side(min_side_px)
-        self._resample = _checked_resample(resample)
+        self._resample = _checked_choice("resample", resample, Resample)
+        self._video = _checked_choice("video", video, AnimationVideo)
+        self._clip_frame_ms = _checked_clip_frame(clip_frame_ms, self._video) or duration_ms
         self._open: Animation | None = None
         self._canvas: Size = (0, 0)
         self._last_path: Path | None = None
@@ -218,17 +266,28 @@ class AnimationWriter:
         return self._last_path if self._open is None else self._open.path
 
     def write(self, frame: Frame) -> None:
-        """Append one frame.
+        """Append one frame, or with `video="clip"` one clip.
 
         Raises:
             OSError: the file cannot be made, or the disk is full; the file keeps what it had.
         """
-        picture = frame.image
+        pictures = self._pictures(frame)
         if self._open is None:
-            size = _enlarged(picture.size, self._min_side_px, self._resample)
-            self._canvas = _rounded_up(size, self._format.side_multiple)
-            self._open = self._format(self._wanted, self._timing)
-        self._open.add(_fitted(picture, self._canvas, self._resample))
+            self._open = self._begun(frame, pictures[0].size)
+        duration_ms = self._clip_frame_ms if len(pictures) > 1 else self._duration_ms
+        for picture in pictures:
+            self._open.add(_fitted(picture, self._canvas, self._resample), duration_ms)
+
+    def _pictures(self, frame: Frame) -> list[Image.Image]:
+        if self._video == "clip":
+            return frame.clip()
+        return [frame.middle if self._video == "middle" else frame.image]
+
+    def _begun(self, frame: Frame, size: Size) -> Animation:
+        size = _enlarged(size, self._min_side_px, self._resample)
+        self._canvas = _rounded_up(size, self._format.side_multiple)
+        tick_ms = self._clip_frame_ms if frame.is_video else self._duration_ms
+        return self._format(self._wanted, replace(self._timing, tick_ms=tick_ms))
 
     def close(self) -> None:
         """End the run: the last frame is held, an MP4 is completed and appears.
@@ -248,9 +307,10 @@ class AnimationWriter:
 class ContactSheetWriter:
     """One still picture of the run: evenly chosen frames as a strip or a grid.
 
-    The first and the last frame are always among them. Gaps and background are transparent in a
-    PNG, white in a JPEG. Memory is bounded by `max_frames`; the file appears when the run is
-    closed. A name that is taken is left alone: the run goes to `sheet-2.png` and so on.
+    The first and the last frame are always among them; of a video's frame, the middle of its clips
+    is shown. Gaps and background are transparent in a PNG, white in a JPEG. Memory is bounded by
+    `max_frames`; the file appears when the run is closed. A name that is taken is left alone: the
+    run goes to `sheet-2.png` and so on.
 
     Attributes:
         path: the last run's file; None before it exists.
@@ -298,7 +358,7 @@ class ContactSheetWriter:
         """Keep a small picture of the frame, if it is among the evenly chosen so far."""
         if self._cells is None:
             self._cells = _EvenSample(self._max_frames)
-        picture = _with_longer_side(frame.image, self._max_side_px)
+        picture = _with_longer_side(frame.middle, self._max_side_px)
         self._cells.add(_Cell(picture, self._label(frame) if self._label else ""))
 
     def close(self) -> None:
@@ -449,10 +509,23 @@ def _checked_side(min_side_px: int | None) -> int | None:
     return None if min_side_px is None else _checked_range("min_side_px", min_side_px, 1, 8192)
 
 
-def _checked_resample(resample: Resample) -> Resample:
-    if resample in get_args(Resample):
-        return resample
-    raise ValueError(f"resample must be 'nearest' or 'smooth', got {resample!r}; pass one of them")
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def _checked_choice(name: str, value: _Choice, choices: object) -> _Choice:
+    if value in get_args(choices):
+        return value
+    expected = " or ".join(map(repr, get_args(choices)))
+    raise ValueError(f"{name} must be {expected}, got {value!r}; pass one of them")
+
+
+def _checked_clip_frame(clip_frame_ms: int | None, video: AnimationVideo) -> int | None:
+    if clip_frame_ms is None:
+        return None
+    if video != "clip":
+        expected = f"clip_frame_ms must be None with video={video!r}"
+        raise ValueError(f"{expected}, got {clip_frame_ms!r}; pass video='clip'")
+    return _checked_range("clip_frame_ms", clip_frame_ms, 20, 60_000)
 
 
 # Sizes
@@ -494,17 +567,20 @@ def _with_longer_side(image: Image.Image, side_px: int) -> Image.Image:
     return ImageOps.contain(image, (side_px, side_px), Image.Resampling.BICUBIC)
 
 
-def _png_name(frame: Frame) -> str:
-    digits = max(3, len(str(frame.num_steps)))
-    return "final.png" if frame.source == "final" else f"step_{frame.step_index + 1:0{digits}}.png"
-
-
 def _animation_format(path: Path) -> type[Animation]:
     suffix = _checked_suffix(path, FORMATS)
     if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         expected = "imageio-ffmpeg must be installed to write .mp4"
         raise ModuleNotFoundError(f'{expected}, got none; pip install "sd-progress[mp4]"')
     return FORMATS[suffix]
+
+
+# Folders
+
+
+def _step_name(frame: Frame) -> str:
+    digits = max(3, len(str(frame.num_steps)))
+    return "final" if frame.source == "final" else f"step_{frame.step_index + 1:0{digits}}"
 
 
 # Contact sheets

@@ -47,6 +47,52 @@ def test_a_video_is_a_row_for_each_clip():
     np.testing.assert_array_equal(grid[4:, 5:10], images[1, 1])
 
 
+def clips(count, frames):
+    """(B, F, 1, 1, 3): every picture is one pixel, and no two are the same."""
+    values = np.arange(1, count * frames + 1, dtype=np.uint8).reshape(count, frames, 1, 1, 1)
+    return values.repeat(3, axis=-1)
+
+
+def values(picture):
+    """The red of each pixel, as rows."""
+    return np.asarray(picture)[..., 0].tolist()
+
+
+def test_a_long_video_is_a_near_square_sheet_for_each_clip():
+    """More than 8 frames are wrapped, clip below clip, and what is left of a sheet is black."""
+    assert frame(clips(1, 8)).image.size == (8, 1)
+    assert values(frame(clips(2, 10)).image) == [
+        *([1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 0]),
+        *([11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 0, 0]),
+    ]
+
+
+def test_clips_of_one_frame_are_laid_out_as_images():
+    """Four of them make two rows of two, not a column."""
+    assert values(frame(clips(4, 1)).image) == [[1, 2], [3, 4]]
+
+
+def test_a_clip_is_a_picture_of_all_clips_for_each_frame():
+    """F pictures in order, each with the B clips as a grid."""
+    pictures = frame(clips(3, 2)).clip()
+    assert [values(picture) for picture in pictures] == [[[1, 3], [5, 0]], [[2, 4], [6, 0]]]
+    assert {picture.mode for picture in pictures} == {"RGB"}
+
+
+@pytest.mark.parametrize(("frames", "middle"), [(1, 1), (4, 3), (5, 3)])
+def test_the_middle_is_frame_f_halves(frames, middle):
+    """Frame F // 2 of every clip; the only one where F is 1."""
+    assert values(frame(clips(2, frames)).middle) == [[middle, frames + middle]]
+
+
+def test_images_are_a_clip_of_one():
+    """For them `middle` and the one picture of `clip` are `image`; clips alone are video."""
+    images = frame(clips(1, 3)[0])
+    assert values(images.middle) == values(images.image) == [[1, 2], [3, 0]]
+    assert [values(picture) for picture in images.clip()] == [[[1, 2], [3, 0]]]
+    assert [each.is_video for each in (images, frame(clips(2, 1)))] == [False, True]
+
+
 def test_metadata_is_text_without_what_is_not_known():
     """Values that are None are left out, versions are there."""
     metadata = frame().metadata()

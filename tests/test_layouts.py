@@ -174,5 +174,5 @@ def test_other_shapes_are_refused():
     layout = layout_for(tiny.sd())
     with pytest.raises(ValueError, match=r"latents must become \(B, 4, h, w\) for StableDiffusi"):
         layout.to_vae(torch.ones(1, 6, 64))
-    with pytest.raises(ValueError, match=r"got \(1, 16, 2, 2\), which the known layout 'scaled'"):
+    with pytest.raises(ValueError, match=r"got \(1, 16, 2, 2\), which the layout 'scaled'"):
         layout.to_vae(torch.ones(1, 16, 2, 2))

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -34,7 +35,7 @@ from sd_progress.writers import (
 )
 
 GROWING = (".gif", ".png", ".webp")
-RED, BLUE = (250, 10, 10), (10, 10, 250)
+RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 
 
 def picture(colour=None, size=(32, 24), seed=0):
@@ -47,6 +48,14 @@ def picture(colour=None, size=(32, 24), seed=0):
 def frame(step_index=0, num_steps=4, colour=None, size=(32, 24), source="denoised"):
     images = picture(colour, size, seed=step_index + 1)
     return Frame(images, step_index, num_steps, 981.0, 14.6, source, "linear:sd1", 0.5, None)
+
+
+def clip_frame(step_index=0, colours=(RED, GREEN, BLUE), clips=1, **options):
+    """(B, F, H, W, 3): clips that go through the colours, or through noise where one is None."""
+    single = frame(step_index, **options)
+    size = single.images.shape[2:0:-1]
+    noise_or_colour = [picture(colour, size, seed=i)[0] for i, colour in enumerate(colours)]
+    return replace(single, images=np.stack([np.stack(noise_or_colour)] * clips))
 
 
 def write_run(writer, count=3, **options):
@@ -178,6 +187,119 @@ def test_the_lock_of_a_killed_process_only_costs_the_name(tmp_path):
     write_run(writer, count=1)
     assert names(writer.path) == ["step_001.png"]
     assert writer.path.name == "steps-2"
+
+
+def test_a_step_of_a_video_is_a_contact_sheet(tmp_path):
+    """One PNG with every frame of every clip, and the metadata as ever."""
+    written = clip_frame(clips=2, size=(8, 6))
+    writer = PngFolderWriter(tmp_path)
+    writer.write(written)
+    writer.close()
+    sheet = imageio.imread(tmp_path / "step_001.png")
+    assert sheet.shape == (2 * 6, 3 * 8, 3)
+    assert sheet[9, 4::8].tolist() == [list(RED), list(GREEN), list(BLUE)]
+    with Image.open(tmp_path / "step_001.png") as file:
+        assert file.text == written.metadata()
+
+
+def test_a_step_of_a_video_is_a_folder_of_frames_where_asked(tmp_path):
+    """A folder for each step, with as many files as the step has frames, and their pixels."""
+    writer = PngFolderWriter(tmp_path, video="frames")
+    steps = [clip_frame(0, [None]), clip_frame(3, [None] * 3), clip_frame(3, source="final")]
+    for each in steps:
+        writer.write(each)
+    writer.close()
+    assert names(tmp_path) == ["final", "step_001", "step_004"]
+    for folder, written in zip(("step_001", "step_004", "final"), steps, strict=True):
+        found = [imageio.imread(path) for path in sorted((tmp_path / folder).glob("frame_*.png"))]
+        np.testing.assert_array_equal(found, written.images[0])
+
+
+def test_a_frame_of_a_video_says_which_it_is(tmp_path):
+    """The step's metadata and the frame's index; clips are side by side, and enlarged."""
+    written = clip_frame(clips=2, size=(8, 6))
+    writer = PngFolderWriter(tmp_path, video="frames", min_side_px=12)
+    writer.write(written)
+    writer.close()
+    assert names(tmp_path / "step_001") == ["frame_000.png", "frame_001.png", "frame_002.png"]
+    with Image.open(tmp_path / "step_001" / "frame_001.png") as file:
+        assert file.text == {**written.metadata(), "frame_index": "1"}
+        assert file.getcolors() == [(2 * 16 * 12, GREEN)]
+
+
+def test_frame_numbers_are_as_wide_as_the_last(tmp_path):
+    """Names sort in the order of the frames also in a clip of more than a thousand."""
+    writer = PngFolderWriter(tmp_path, video="frames")
+    writer.write(clip_frame(colours=[RED] * 1001, size=(1, 1)))
+    writer.close()
+    found = names(tmp_path / "step_001")
+    assert (len(found), found[9], found[-1]) == (1001, "frame_0009.png", "frame_1000.png")
+
+
+def test_images_need_no_folder_of_frames(tmp_path):
+    """A run of images is one PNG a step, whatever is asked of videos."""
+    write_run(PngFolderWriter(tmp_path, video="frames"), count=2)
+    assert names(tmp_path) == ["step_001.png", "step_002.png"]
+
+
+@pytest.mark.parametrize("video", ["sheet", "frames"])
+def test_a_folder_with_an_earlier_runs_clips_is_left_alone(tmp_path, video):
+    """Frames of single steps, or of the finished video alone, send the next run elsewhere."""
+    for name, source in (("steps", "denoised"), ("steps-2", "final")):
+        writer = PngFolderWriter(tmp_path / "steps", video="frames")
+        writer.write(clip_frame(source=source))
+        writer.close()
+        assert writer.path.name == name
+    writer = PngFolderWriter(tmp_path / "steps", video=video)
+    writer.write(clip_frame())
+    assert (writer.path.name, names(tmp_path / "steps")) == ("steps-3", ["step_001"])
+    writer.close()
+
+
+def test_a_folder_of_frames_is_never_overwritten(tmp_path):
+    """A step that is already there is an OSError; its files stay, and nothing is left over."""
+    writer = PngFolderWriter(tmp_path, video="frames")
+    writer.write(clip_frame(colours=[RED, RED]))
+    with pytest.raises(OSError, match="step_001"):
+        writer.write(clip_frame(colours=[BLUE]))
+    writer.close()
+    assert names(tmp_path) == ["step_001"]
+    assert names(tmp_path / "step_001") == ["frame_000.png", "frame_001.png"]
+    assert (imageio.imread(tmp_path / "step_001" / "frame_000.png") == RED).all()
+
+
+def test_a_full_disk_leaves_no_part_of_a_clip(tmp_path):
+    """A step's frames appear all or not at all, and what came before is still there."""
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+writer = PngFolderWriter(sys.argv[1], video="frames")
+writer.write(clip_frame(0, size=(256, 256)))
+try:
+    writer.write(clip_frame(1, [RED, None], size=(256, 256)))
+except OSError as error:
+    print(error.errno == errno.EFBIG)
+writer.close()
+"""
+    assert python(code, tmp_path).communicate()[0] == "True\n"
+    assert names(tmp_path) == ["step_001"]
+    assert len(names(tmp_path / "step_001")) == 3
+
+
+def test_a_killed_process_leaves_whole_clips(tmp_path):
+    """After SIGKILL in the middle of a step, the steps that are there have all their frames."""
+    code = """
+writer = PngFolderWriter(sys.argv[1], video="frames")
+for i in range(10_000):
+    writer.write(clip_frame(i, [None] * 30, size=(128, 128)))
+"""
+    with python(code, tmp_path) as process:
+        while len(names(tmp_path)) < 5:  # the lock, three steps, and the beginning of a fourth
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    steps = list(tmp_path.glob("step_*"))
+    assert len(steps) >= 3
+    assert [len(names(step)) for step in steps] == [30] * len(steps)
 
 
 # Animations
@@ -343,6 +465,100 @@ def test_an_mp4_without_ffmpeg_says_what_to_install(tmp_path, monkeypatch):
         writer_for(tmp_path / "run.mp4")
 
 
+def main_colours(path):
+    """What each frame of an animation shows most."""
+    with Image.open(path) as file:
+        for index in range(file.n_frames):
+            file.seek(index)
+            yield max(file.convert("RGB").getcolors(1 << 20))[1]
+
+
+def test_an_animation_of_a_video_has_the_middle_frames(tmp_path):
+    """One frame a step, from the middle of its clip; of a clip of one, that one."""
+    writer = AnimationWriter(tmp_path / "run.png")
+    for i, colours in enumerate([(RED,), (RED, GREEN, BLUE), (RED, RED, BLUE, GREEN)]):
+        writer.write(clip_frame(i, colours))
+    writer.close()
+    assert list(main_colours(writer.path)) == [RED, GREEN, BLUE]
+
+
+@pytest.mark.parametrize("suffix", GROWING)
+def test_every_steps_clip_plays_where_asked(tmp_path, suffix):
+    """All frames of all steps, each for its time; a still for a picture's; the last is held."""
+    wanted = tmp_path / f"run{suffix}"
+    options = {"duration_ms": 200, "clip_frame_ms": 40, "hold_last_ms": 700}
+    writer = AnimationWriter(wanted, video="clip", **options)
+    for i, frames in enumerate((1, 3, 2)):
+        writer.write(clip_frame(i, [None] * frames))
+        assert len(list(pillow_frames(wanted))) == (1, 4, 6)[i]
+    writer.close()
+    assert [duration for _, duration in pillow_frames(wanted)] == [200, 40, 40, 40, 40, 700]
+
+
+def test_frames_of_clips_are_shown_in_order(tmp_path):
+    """Step after step; clips of a batch side by side; a picture's time is the default."""
+    writer = AnimationWriter(tmp_path / "run.png", video="clip", min_side_px=None, duration_ms=60)
+    writer.write(clip_frame(0, clips=2))
+    writer.write(clip_frame(1, (BLUE, RED), clips=2))
+    writer.close()
+    assert list(main_colours(writer.path)) == [RED, GREEN, BLUE, BLUE, RED]
+    assert imageio.imread(writer.path, index=None).shape == (5, 24, 2 * 32, 3)
+    assert [duration for _, duration in pillow_frames(writer.path)] == [60] * 4 + [1500]
+
+
+def test_a_clip_is_fitted_into_the_first_frames_canvas(tmp_path):
+    """A decoded clip after latent pixels, of another length, has the size of the first."""
+    writer = AnimationWriter(tmp_path / "run.png", video="clip", min_side_px=48)
+    writer.write(clip_frame(0, [RED], size=(32, 24)))
+    writer.write(clip_frame(1, [GREEN, BLUE], size=(256, 192)))
+    writer.close()
+    assert imageio.imread(writer.path, index=None).shape == (3, 48, 64, 3)
+    assert list(main_colours(writer.path)) == [RED, GREEN, BLUE]
+
+
+def test_a_mosaic_is_a_contact_sheet_for_each_step(tmp_path):
+    """One frame a step, with all the frames of its clip."""
+    writer = AnimationWriter(tmp_path / "run.png", video="mosaic", min_side_px=None)
+    for i in range(2):
+        writer.write(clip_frame(i, clips=2, size=(8, 6)))
+    writer.close()
+    frames = imageio.imread(writer.path, index=None)
+    assert frames.shape == (2, 2 * 6, 3 * 8, 3)
+    assert frames[1, 9, 4::8].tolist() == [list(RED), list(GREEN), list(BLUE)]
+
+
+def test_an_mp4_of_clips_has_their_frame_rate(tmp_path):
+    """A frame per `clip_frame_ms`; a still and the held last frame are repeated to their time."""
+    options = {"duration_ms": 100, "clip_frame_ms": 50, "hold_last_ms": 200}
+    writer = AnimationWriter(tmp_path / "run.mp4", video="clip", min_side_px=None, **options)
+    writer.write(clip_frame(0, [RED]))
+    writer.write(clip_frame(1, [GREEN, BLUE, GREEN]))
+    writer.close()
+    about, frames = ffmpeg_frames(writer.path, (32, 24))
+    assert " 20 fps" in about
+    shown = [RED] * 2 + [GREEN, BLUE] + [GREEN] * 4
+    assert np.abs(frames.mean(axis=(1, 2)) - shown).max() < 16
+
+
+def test_an_mp4_that_holds_a_still_counts_all_of_it(tmp_path):
+    """The frames that a still already has are a part of the time it is held."""
+    options = {"duration_ms": 100, "clip_frame_ms": 20, "hold_last_ms": 200}
+    writer = AnimationWriter(tmp_path / "run.mp4", video="clip", min_side_px=None, **options)
+    writer.write(clip_frame(colours=[RED]))
+    writer.close()
+    assert len(ffmpeg_frames(writer.path, (32, 24))[1]) == 10
+
+
+@pytest.mark.parametrize("suffix", [*GROWING, ".mp4"])
+def test_images_are_animated_as_ever(tmp_path, suffix):
+    """A run of images gives the same file, whatever is asked of videos."""
+    every = [{"video": "middle"}, {"video": "mosaic"}, {"video": "clip", "clip_frame_ms": 20}]
+    for i, options in enumerate(every):
+        write_run(AnimationWriter(tmp_path / f"{i}{suffix}", **options), count=2)
+    first, *others = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    assert others == [first, first]
+
+
 # Contact sheets
 
 
@@ -380,6 +596,17 @@ def test_a_contact_sheet_has_labels_where_asked(tmp_path):
         shape[name] = imageio.imread(writer.path)
     assert shape["bare"].shape[0] == 100 < shape["labelled"].shape[0]
     assert shape["labelled"][100:, :, 3].any()
+
+
+def test_a_contact_sheet_has_the_middle_frames_of_videos(tmp_path):
+    """One picture a step, whatever the number of its frames."""
+    writer = ContactSheetWriter(tmp_path / "sheet.png", max_side_px=8, gap_px=0)
+    for i, colours in enumerate([(RED,), (RED, GREEN, RED), (RED, RED, BLUE, RED, RED)]):
+        writer.write(clip_frame(i, colours, size=(8, 8)))
+    writer.close()
+    sheet = imageio.imread(writer.path)
+    assert sheet.shape == (8, 3 * 8, 4)
+    assert sheet[4, 4::8, :3].tolist() == [list(RED), list(GREEN), list(BLUE)]
 
 
 # All that write files
@@ -726,6 +953,13 @@ def test_an_open_file_is_refused(tmp_path):
         (lambda: AnimationWriter("a.gif", loop=-1), "loop must be .*, got -1; "),
         (lambda: AnimationWriter("a.gif", min_side_px=0), "min_side_px must be .*, got 0; "),
         (lambda: AnimationWriter("a.gif", resample="cubic"), "resample must be 'nearest' or"),
+        (lambda: AnimationWriter("a.gif", video="sheet"), "video must be 'middle' or 'clip' or"),
+        (lambda: AnimationWriter("a.gif", clip_frame_ms=40), "clip_frame_ms must be None with vi"),
+        (
+            lambda: AnimationWriter("a.gif", video="clip", clip_frame_ms=5),
+            "clip_frame_ms must be an int from 20 to 60000, got 5; ",
+        ),
+        (lambda: PngFolderWriter("a", video="clip"), "video must be 'sheet' or 'frames', got 'cl"),
         (lambda: PngFolderWriter("a", min_side_px=1.5), r"min_side_px must be .*, got 1\.5; "),
         (lambda: PngFolderWriter(""), "folder must be a path, got ''; "),
         (lambda: ContactSheetWriter("a.gif"), r"path must end in one of \.png, \.jpg, \.jpeg, got"),
