@@ -1,7 +1,8 @@
 """Preview any diffusers run while it happens: as PNGs, an animation, or a queue of frames.
 
 `PreviewCallback(pipe, "steps/", "denoise.gif")` is what most people need, as the
-`callback_on_step_end` of any pipeline. The linear maps are in `sd_progress.factors`.
+`callback_on_step_end` of any pipeline. The linear maps are in `sd_progress.factors`, the layouts of
+the pipelines' latents in `sd_progress.layouts`.
 """
 
 import importlib
@@ -23,7 +24,7 @@ from .writers import (
 )
 
 if typing.TYPE_CHECKING:
-    from .callback import PreviewCallback
+    from .callback import PreviewCallback, RunCancelled
     from .decoders import Decoder
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PreviewCallback",
     "PreviewWarning",
     "QueueWriter",
+    "RunCancelled",
     "Writer",
     "add_preview_arguments",
     "demo_model_path",
@@ -44,7 +46,7 @@ __all__ = [
     "writer_for",
 ]
 
-_NEED_TORCH = {"Decoder": "decoders", "PreviewCallback": "callback"}
+_NEED_TORCH = {"Decoder": "decoders", "PreviewCallback": "callback", "RunCancelled": "callback"}
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 import weakref
@@ -10,15 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Literal, cast, get_args, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import factors
 from .boundary import Boundary, OnError, warn
-from .decoders import Decoder, LinearDecoder, PcaDecoder, VaeDecoder, to_uint8
+from .decoders import Decoder, decoder_maker, finished_images, vae_decoder
 from .factors import Factors
 from .layouts import Layout, layout_for, reason_not_shown, vae_of
 from .run import Batch, Options, Parts, PreviewSource, Run, Step
@@ -27,7 +22,7 @@ from .tap import (
     Calls,
     Pipeline,
     SchedulerTap,
-    is_called_by_pipeline,
+    is_called_by,
     is_pipeline,
     listen,
     running_calls,
@@ -55,6 +50,10 @@ class RunCancelled(BaseException):
 class PreviewCallback:
     """Shows a diffusers run while it happens: pass it as `callback_on_step_end`.
 
+    Older pipelines take it as `callback`. In a `with` block it need not be passed at all, which
+    also reaches the pipelines that take no callback, and modular ones. Combined pipelines are one
+    run, and so are videos that are made in parts. In a distributed run the first rank previews.
+
     The run's latents, pictures and random numbers are bit-identical with and without it, and
     nothing that fails in here fails the run. When the pipeline call returns, all files are
     complete; when it is interrupted or fails, they hold everything up to that point.
@@ -69,8 +68,8 @@ class PreviewCallback:
             `.webp`, `.png`, `.mp4`), a queue, a callable of one `Frame`, or a `Writer`. The
             callback closes every writer at the end of each run, the user's own included.
         every: preview every Nth step; the last step is always previewed.
-        vae_every: decode every Nth preview with the pipeline's VAE, at full resolution. This one
-            does cost time: a decode each.
+        vae_every: decode every Nth preview with the pipeline's VAE, at full resolution; of a
+            video, its first latent frame. This one does cost time: a decode each.
         source: `"denoised"` shows the predicted x0, `"noisy"` the latents after the step,
             `"both"` the noisy left of the denoised. Where x0 cannot be had the frame is noisy,
             and says so.
@@ -130,8 +129,10 @@ class PreviewCallback:
         boundary = Boundary(on_error)
         self._parts = Parts(
             options=self._options,
-            make_decoder=_decoder_maker(decoder, vae, layout),
-            vae_decoder=None if vae_every is None else _vae_decoder(vae),
+            make_decoder=decoder_maker(
+                decoder, vae, is_colour_known=layout is not None and layout.row.has_own_colours
+            ),
+            vae_decoder=None if vae_every is None else vae_decoder(vae),
             writers=tuple(map(writer_for, targets)),
             boundary=boundary,
             tap=SchedulerTap(clock, boundary, _weakly(self._on_scheduler_step)),
@@ -202,10 +203,10 @@ class PreviewCallback:
         Raises:
             RunCancelled: `cancel` was called, and the pipeline knows no other way to end.
         """
-        is_called_by_pipeline_itself = is_called_by_pipeline()
         boundary = self._parts.boundary
         self._silent_steps = 0
         calls = running_calls()
+        is_chained = not is_called_by(calls)
         with boundary.around("the preview of a step"), torch.no_grad():
             *pipe, step_index, timestep, latents = given
             self._step(calls, pipe, step_index, timestep, _latents(latents))
@@ -213,7 +214,7 @@ class PreviewCallback:
         self._end_if_cancelled(calls)
         if len(given) == 3:
             return None
-        return {} if is_called_by_pipeline_itself else cast("dict[str, object]", given[-1])
+        return cast("dict[str, object]", given[-1]) if is_chained else {}
 
     def __enter__(self) -> PreviewCallback:
         """Listen from now on; returns the callback.
@@ -442,7 +443,7 @@ class PreviewCallback:
         with self._parts.boundary.around("the last frame"), torch.no_grad():
             run.submit_skipped()
             if self._options.final:
-                run.submit_final(_finished_images(calls.outer.local(*_OUTPUTS)))
+                run.submit_final(finished_images(calls.outer.local(*_OUTPUTS)))
         self._finish()
         self._parts.boundary.raise_kept()
 
@@ -582,75 +583,6 @@ def _num_callbacks(pipe: Pipeline, call: StepCall | None) -> int:
     scheduler = getattr(pipe, "scheduler", None) if call is None else call.scheduler
     timesteps = getattr(scheduler, "timesteps", None)
     return len(timesteps) if isinstance(timesteps, Tensor) else 1
-
-
-def _finished_images(output: object) -> NDArray[np.uint8] | None:
-    """Pipeline output of any `output_type` as (B, H, W, 3) or (B, F, H, W, 3); None for latents."""
-    if isinstance(output, list) and output:
-        if all(isinstance(x, Image.Image) for x in output):
-            return np.stack([np.asarray(picture.convert("RGB")) for picture in output])
-        clips = [_finished_images(clip) for clip in output if isinstance(clip, list)]
-        return (
-            np.stack([x for x in clips if x is not None]) if clips and None not in clips else None
-        )
-    if isinstance(output, np.ndarray) and output.ndim in (4, 5) and output.shape[-1] == 3:
-        output = torch.from_numpy(output).movedim(-1, -3)
-    if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-3] == 3:
-        pixels = to_uint8(output.detach().float().cpu().flatten(0, -4) * 2 - 1)
-        return pixels.reshape(*output.shape[:-3], *pixels.shape[1:])
-    return None
-
-
-def _decoder_maker(
-    decoder: str | Factors | Decoder, vae: object, layout: Layout | None
-) -> Callable[[], Decoder]:
-    """What gives each run its decoder: principal components start anew, all others are shared."""
-    if decoder == "auto":
-        found = None if vae is None else factors.find(vae)
-        if found is None and vae is not None and not _has_its_own_colours(layout):
-            warn(factors.explain_unknown(vae))
-        return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
-    return functools.partial(_itself, _decoder(decoder, vae))
-
-
-def _has_its_own_colours(layout: Layout | None) -> bool:
-    """Whether a linear map of the VAE would be of no use: sound, token ids, pixels."""
-    if layout is None:
-        return False
-    return layout.row.shows == "audio" or layout.row.space == "pixels" or layout.row.is_of_tokens
-
-
-def _itself(decoder: Decoder) -> Decoder:
-    return decoder
-
-
-def _decoder(decoder: str | Factors | Decoder, vae: object) -> Decoder:
-    if isinstance(decoder, Factors):
-        return LinearDecoder(decoder)
-    if isinstance(decoder, str):
-        return _named_decoder(decoder, vae)
-    if isinstance(decoder, Decoder):
-        return decoder
-    raise TypeError(
-        f"decoder must be 'auto', the name of factors, a Factors or a Decoder, got "
-        f"{type(decoder).__name__}; a Decoder has `name` and `decode(latents)`"
-    )
-
-
-def _named_decoder(name: str, vae: object) -> Decoder:
-    try:
-        return LinearDecoder(factors.by_name(name, vae))
-    except ValueError as error:
-        raise ValueError(f"decoder must be 'auto' or the name of factors; {error}") from None
-
-
-def _vae_decoder(vae: object) -> VaeDecoder:
-    if not isinstance(vae, nn.Module):
-        raise ValueError(
-            f"vae_every must be None for a pipeline without a VAE, got {type(vae).__name__} as "
-            "its VAE; leave vae_every out"
-        )
-    return VaeDecoder(vae)
 
 
 def _check_pipeline(pipe: object) -> None:

@@ -14,9 +14,12 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import factors
+from .boundary import warn
 from .factors import Factors
 
 
@@ -217,6 +220,87 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     levels = (images.nan_to_num(0.0) / 2 + 0.5).clamp(0, 1) * 255
     pixels = levels.round().to(torch.uint8).movedim(1, -1).contiguous()
     return cast(NDArray[np.uint8], pixels.numpy())
+
+
+def finished_images(output: object) -> NDArray[np.uint8] | None:
+    """A pipeline's own pictures or clips, of any `output_type`.
+
+    Returns:
+        (B, H, W, 3) or (B, F, H, W, 3) uint8; None for latents and for what is no picture.
+    """
+    if isinstance(output, list) and output:
+        if all(isinstance(x, Image.Image) for x in output):
+            return np.stack([np.asarray(picture.convert("RGB")) for picture in output])
+        clips = [finished_images(clip) for clip in output if isinstance(clip, list)]
+        known = [clip for clip in clips if clip is not None]
+        return np.stack(known) if len(known) == len(output) else None
+    if isinstance(output, np.ndarray) and output.ndim in (4, 5) and output.shape[-1] == 3:
+        output = torch.from_numpy(output).movedim(-1, -3)
+    if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-3] == 3:
+        pixels = to_uint8(output.detach().float().cpu().flatten(0, -4) * 2 - 1)
+        return pixels.reshape(*output.shape[:-3], *pixels.shape[1:])
+    return None
+
+
+def decoder_maker(
+    decoder: str | Factors | Decoder, vae: object, *, is_colour_known: bool
+) -> Callable[[], Decoder]:
+    """What gives each run its decoder: principal components start anew, all others are shared.
+
+    Args:
+        decoder: `"auto"`, the name of factors, a `Factors` or a `Decoder`.
+        vae: the autoencoder whose latents are decoded; None in pixel space.
+        is_colour_known: whether the pictures have their colours from elsewhere, so that a VAE
+            without a linear map is nothing to warn of.
+
+    Raises:
+        TypeError: `decoder` is none of these.
+        ValueError: there are no factors of that name.
+    """
+    if decoder == "auto":
+        found = None if vae is None else factors.find(vae)
+        if found is None and vae is not None and not is_colour_known:
+            warn(factors.explain_unknown(vae))
+        return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
+    return functools.partial(_itself, _decoder(decoder, vae))
+
+
+def _itself(decoder: Decoder) -> Decoder:
+    return decoder
+
+
+def _decoder(decoder: str | Factors | Decoder, vae: object) -> Decoder:
+    if isinstance(decoder, Factors):
+        return LinearDecoder(decoder)
+    if isinstance(decoder, str):
+        return _named_decoder(decoder, vae)
+    if isinstance(decoder, Decoder):
+        return decoder
+    raise TypeError(
+        f"decoder must be 'auto', the name of factors, a Factors or a Decoder, got "
+        f"{type(decoder).__name__}; a Decoder has `name` and `decode(latents)`"
+    )
+
+
+def _named_decoder(name: str, vae: object) -> Decoder:
+    try:
+        return LinearDecoder(factors.by_name(name, vae))
+    except ValueError as error:
+        raise ValueError(f"decoder must be 'auto' or the name of factors; {error}") from None
+
+
+def vae_decoder(vae: object) -> VaeDecoder:
+    """The full decoder of a pipeline's autoencoder.
+
+    Raises:
+        ValueError: the pipeline has none.
+    """
+    if not isinstance(vae, nn.Module):
+        raise ValueError(
+            f"vae_every must be None for a pipeline without a VAE, got {type(vae).__name__} as "
+            "its VAE; leave vae_every out"
+        )
+    return VaeDecoder(vae)
 
 
 def _decode_method(vae: nn.Module, *, hooked: bool) -> Callable[..., Sequence[Tensor]]:

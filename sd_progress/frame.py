@@ -33,7 +33,8 @@ class Frame:
             change in the course of a run; F is 1 where only one frame of a clip was decoded.
         step_index: 0-based count of this run's callbacks; -1 is the initial noise. Not the
             pipeline's own index, which counts half steps and restarts in some pipelines.
-        num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler).
+        num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler), as
+            far as is known: pipelines that run in stages, or make a video in parts, go on for more.
         timestep: what the scheduler was given, in its own units; None where there is none.
         sigma: noise level of the latents shown as `noisy`, after the step; None where the
             scheduler keeps no sigmas.
@@ -42,10 +43,13 @@ class Frame:
         decoder: what made the pixels, for example `"linear:sd1"`, `"pca"` or `"vae"`.
         elapsed_s: seconds since the run's first step began.
         eta_s: estimated seconds until the last step; None before it can be known.
-        layout: how the latents became VAE-space; `"inferred"` where that was a guess.
+        layout: how the latents became VAE-space, the name of a row in `sd_progress.layouts`;
+            `"inferred"` where that was a guess, `""` for the pipeline's own finished picture.
         run_index: 0-based count of the runs that this callback object has served.
-        latents: (B, C, h, w) float, on the CPU, VAE-space (what `vae.decode` is given); kept only
-            with `keep_latents=True`. With `source="both"`, the denoised ones.
+        latents: (B, C, h, w) or (B, C, F, h, w) float, on the CPU, VAE-space: what `vae.decode` is
+            given. (B * F, C, h, w) for a video whose VAE takes images, token ids for one that takes
+            those, and the picture itself in pixel space. Kept only with `keep_latents=True`; with
+            `source="both"`, the denoised ones.
     """
 
     images: NDArray[np.uint8]

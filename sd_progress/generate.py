@@ -17,15 +17,18 @@ import torch
 import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.utils import is_accelerate_available
+from numpy.typing import NDArray
 from PIL import Image
 
 from .arguments import UsageError
 from .callback import PreviewCallback
+from .decoders import finished_images
 from .frame import Frame
 from .run import PreviewSource
 from .schedulers import exchanged
 from .writers import AnimationWriter, ContactSheetWriter, PngFolderWriter
 
+CLIP_FRAME_MS: Final = 62  # 16 frames a second, as most video models are trained
 DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -61,7 +64,7 @@ class Task:
 
 
 def generate(task: Task) -> None:
-    """Make one picture and watch it; print what was made.
+    """Make one picture, or one clip, and watch it; print what was made.
 
     Raises:
         UsageError: the task cannot be done as it is.
@@ -83,7 +86,7 @@ def generate(task: Task) -> None:
     began_s = time.monotonic()
     try:
         with preview:
-            result = pipe(**arguments, callback_on_step_end=preview)
+            result = pipe(**arguments, **_given_callback(pipe, preview))
     except KeyboardInterrupt:
         print(f"\nStopped {made.progress}.\n{made}", flush=True)
         raise
@@ -91,7 +94,7 @@ def generate(task: Task) -> None:
         if made.last is None:  # raised by the pipeline's own check of its arguments
             raise UsageError(one_line(error)) from error
         raise
-    made.save(result.images)
+    made.save(finished_images(result[0]))
     print(f"Done in {time.monotonic() - began_s:.1f} s.\n{made}", flush=True)
 
 
@@ -113,9 +116,23 @@ class Products:
     def close(self) -> None:
         """There is nothing to complete."""
 
-    def save(self, images: list[Image.Image]) -> None:
-        """Save the finished picture, in full size and without any preview's approximation."""
-        images[0].save(self._picture)
+    def save(self, finished: NDArray[np.uint8] | None) -> None:
+        """Save the finished picture or clip, in full size, without any preview's approximation."""
+        if finished is None:
+            return
+        if finished.ndim == 4:
+            Image.fromarray(finished[0]).save(self._picture)
+            return
+        self._picture = _unused(self._picture.with_name("clip.webp"))
+        first, *others = map(Image.fromarray, finished[0])
+        first.save(
+            self._picture,
+            save_all=True,
+            append_images=others,
+            duration=CLIP_FRAME_MS,
+            loop=0,
+            quality=90,
+        )
 
     @property
     def progress(self) -> str:
@@ -127,7 +144,7 @@ class Products:
     def __str__(self) -> str:
         """One line for each thing that is there."""
         things = {
-            "picture": self._picture,
+            self._picture.stem.partition("-")[0]: self._picture,
             "animation": self._animation.path,
             "filmstrip": self._filmstrip.path,
             "steps": self._steps.path,
@@ -187,10 +204,9 @@ def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
     """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
-    for needed in ("prompt", "callback_on_step_end"):
-        if needed not in taken:
-            expected = f"--model must be a text-to-image pipeline that takes {needed!r}"
-            raise UsageError(f"{expected}, got a {kind}; choose another model")
+    if "prompt" not in taken:
+        expected = "--model must be a pipeline that makes pictures or videos of a prompt"
+        raise UsageError(f"{expected}, got a {kind}; choose another model")
     _check_steps(pipe, task.steps)
     _check_size(pipe, task.size)
     width, height = task.size or (None, None)
@@ -210,6 +226,13 @@ def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
     if "generator" in taken:  # on the CPU, so that a seed is the same picture on every device
         arguments["generator"] = torch.Generator("cpu").manual_seed(task.seed)
     return arguments
+
+
+def _given_callback(pipe: DiffusionPipeline, preview: PreviewCallback) -> dict[str, object]:
+    """How the pipeline is given the callback; some take none, and are listened to."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    names = ("callback_on_step_end", "callback")
+    return next(({name: preview} for name in names if name in taken), {})
 
 
 def device_named(name: str) -> torch.device:

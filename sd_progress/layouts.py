@@ -86,9 +86,10 @@ class Row:
     limits: str = ""
 
     @property
-    def is_of_tokens(self) -> bool:
-        """Whether the latents are ids of a codebook's entries."""
-        return op.codebook_entries in (*self.operations, self.drawn)
+    def has_own_colours(self) -> bool:
+        """Whether a linear map of the VAE would be of no use: sound, token ids, pixels."""
+        is_of_tokens = op.codebook_entries in (*self.operations, self.drawn)
+        return self.shows == "audio" or self.space == "pixels" or is_of_tokens
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -393,24 +393,21 @@ def running_calls() -> Calls | None:
     inner = outer = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _runs_pipeline(frame):
-            outer = frame
-            inner = inner or frame
+        pipe = _pipeline_of(frame)
+        if pipe is not None:
+            outer = Call(frame, pipe)
+            inner = inner or outer
         frame = frame.f_back
-    if inner is None or outer is None:
-        return None
-    innermost = _call(inner)
-    return Calls(innermost if outer is inner else _call(outer), innermost)
+    return None if inner is None or outer is None else Calls(outer, inner)
 
 
-def _call(frame: FrameType) -> Call:
-    return Call(frame, frame.f_locals["self"])
-
-
-def _runs_pipeline(frame: FrameType) -> bool:
+def _pipeline_of(frame: FrameType) -> Pipeline | None:
+    """The pipeline whose `__call__` a frame runs; None if it runs something else."""
     code = frame.f_code
-    is_method = code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
-    return is_method and is_pipeline(type(frame.f_locals.get("self")))
+    if code.co_name != "__call__" or code.co_varnames[:1] != ("self",) or not code.co_argcount:
+        return None
+    owner = frame.f_locals.get("self")
+    return owner if is_pipeline(type(owner)) else None
 
 
 def is_running(call: FrameType, thread_id: int) -> bool:
@@ -421,9 +418,10 @@ def is_running(call: FrameType, thread_id: int) -> bool:
     return frame is not None
 
 
-def is_called_by_pipeline() -> bool:
-    """Whether the caller's caller is diffusers itself, or a pipeline of someone else's."""
+def is_called_by(calls: Calls | None) -> bool:
+    """Whether the caller's caller is the innermost of these calls, or diffusers on its behalf."""
     frame = sys._getframe(2)
+    if calls is not None and frame is calls.inner.frame:
+        return True
     module = str(frame.f_globals.get("__name__"))
-    is_theirs = module.startswith("diffusers.") and module != "diffusers.callbacks"
-    return is_theirs or _runs_pipeline(frame)
+    return module.startswith("diffusers.") and module != "diffusers.callbacks"
