@@ -25,8 +25,38 @@ examples:
   sd-progress demo --preview_gif dusk.webp --preview_source both
   sd-progress run --model owner/name --prompt "a lighthouse in a storm" --steps 30
   sd-progress run --model ./my-model --prompt "a red fox" --scheduler euler_a --size 768x512
+  sd-progress models
+  sd-progress models flux
 
-`sd-progress demo --help` and `sd-progress run --help` explain every flag.
+`sd-progress demo --help` explains every flag, and so do `run --help` and `models --help`.
+"""
+_MODELS: Final = """\
+Which pipelines of diffusers are shown, of what, and how a preview is attached to them.
+
+The name of a pipeline is that of its class. To find it:
+
+  pipe = DiffusionPipeline.from_pretrained("owner/name")
+  print(type(pipe).__name__)
+
+Above the names it says how a preview is attached:
+
+  callback         preview = PreviewCallback(pipe, "steps/")
+                   pipe(..., callback_on_step_end=preview)
+  legacy callback  preview = PreviewCallback(pipe, "steps/")
+                   pipe(..., callback=preview)
+  with block only  with PreviewCallback(pipe, "steps/"):
+                       pipe(...)
+
+and in brackets what else is to be known. Frames show what the model expects the picture to become,
+unless it says noisy there.
+"""
+_MODELS_MORE: Final = "`sd-progress models NAME` tells all about one, and `sd-progress models --help` how to read this."
+_MODELS_EXAMPLES: Final = """\
+examples:
+  sd-progress models                  the table
+  sd-progress models FluxPipeline     all about one, and how to attach it
+  sd-progress models wan              all about those with "wan" in their name
+  sd-progress models --all | grep IF  also the deprecated ones
 """
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 
@@ -47,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             with _plain_warnings():
-                _generate(args)
+                args.action(args)
     except UsageError as error:
         print(f"sd-progress: error: {error}", file=sys.stderr)
         return 2
@@ -74,9 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = f"sd-progress {metadata.version('sd-progress')}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="demo | run", title="commands")
+    commands = parser.add_subparsers(
+        dest="command", metavar="demo | run | models", title="commands"
+    )
     _add_demo(commands)
     _add_run(commands)
+    _add_models(commands)
     return parser
 
 
@@ -105,6 +138,29 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     run.add_argument("--prompt", required=True, help="what to paint")
     own = "the model's own"
     _add_generation_arguments(run, steps=own, guidance=own, out="run-output")
+
+
+def _add_models(commands: argparse._SubParsersAction[_Parser]) -> None:
+    models = commands.add_parser(
+        "models",
+        help="list which models are shown, and how a preview is attached",
+        description=_MODELS,
+        epilog=_MODELS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    which = models.add_mutually_exclusive_group()
+    which.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="a pipeline class or a part of its name, in upper or lower case; tells all about it",
+    )
+    which.add_argument("--all", action="store_true", help="list deprecated pipelines, too")
+    which.add_argument(
+        "--markdown", action="store_true", help="print everything as Markdown: docs/supported.md"
+    )
+    models.set_defaults(action=_print_models)
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str) -> _Parser:
@@ -168,7 +224,7 @@ def _add_generation_arguments(
         help="where everything goes that has no place of its own; nothing is overwritten "
         f"(default: {out}, with a number added if need be)",
     )
-    parser.set_defaults(default_out=out)
+    parser.set_defaults(action=_generate, default_out=out)
     add_preview_arguments(parser)
 
 
@@ -224,6 +280,26 @@ def _generate(args: argparse.Namespace) -> None:
         source=args.preview_source,
     )
     generate(task)
+
+
+def _print_models(args: argparse.Namespace) -> None:
+    text = _models(args)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `| head`; what is left must not be flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _models(args: argparse.Namespace) -> str:
+    from . import supported
+
+    if args.name is not None:
+        return supported.details(args.name)
+    if args.markdown:
+        return supported.markdown()
+    known = supported.pipelines()
+    listed = known if args.all else [entry for entry in known if not entry.is_deprecated]
+    return "\n".join([supported.summary(), _MODELS_MORE, "", supported.table(listed)])
 
 
 def _new_folder(name: str) -> Path:

@@ -236,22 +236,25 @@ def shadows(pipe):
     ]
 
 
+@pytest.mark.parametrize("error", [FailureError, KeyboardInterrupt], ids=["failed", "interrupted"])
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_failed_run_leaves_everything_as_it_was(name):
-    """The failure is raised, and no attribute is left."""
-    case = zoo.build(name)
+def test_a_run_that_ends_early_leaves_everything_as_it_was(name, error):
+    """The error is raised; all attributes and hooks are as after the same run without a preview."""
 
     def fail(number):
         if number == 2:
-            raise FailureError
+            raise error
 
+    plain, case = zoo.build(name), zoo.build(name)
+    with pytest.raises(error), at_each_step(plain.pipe, fail):
+        zoo.run(plain)
     with (
-        pytest.raises(FailureError),
+        pytest.raises(error),
         PreviewCallback(case.pipe, print_nothing) as preview,
         at_each_step(case.pipe, fail),
     ):
         zoo.run(case, **preview_arguments(case.pipe, preview))
-    assert shadows(case.pipe) == []
+    assert attributes_of(case.pipe) == attributes_of(plain.pipe)
 
 
 def print_nothing(frame):
@@ -272,8 +275,9 @@ def test_every_run_can_be_cancelled(name):
 
     with PreviewCallback(case.pipe, print_nothing) as preview, at_each_step(case.pipe, cancel):
         zoo.run(case, **preview_arguments(case.pipe, preview))
-    assert shadows(case.pipe) == []
-    cancelled, steps = steps, []
+    after, cancelled, steps = attributes_of(case.pipe), steps, []
     with at_each_step(case.pipe, count):
         zoo.run(case)
     assert len(cancelled) < len(steps)
+    whole = attributes_of(case.pipe)
+    assert [owner for owner in after if not set(after[owner]) <= set(whole[owner])] == []
