@@ -321,6 +321,8 @@ class PreviewCallback:
                 return
             pipe = self._pipe() if calls is None else calls.inner.pipe
             layout, latents = self._layout_of(pipe), call.prev_sample
+            if layout is not None and self._parts.tap.count % layout.row.steps:
+                return
             if layout is not None and latents is not None and pipe is not None:
                 context = None if calls is None else calls.inner.local("latents")
                 whole = context if isinstance(context, Tensor) else latents
@@ -430,8 +432,8 @@ class PreviewCallback:
                 f"nothing is shown: {reason}; `sd-progress models` lists what is"
             )
         return (
-            "the pipeline must take a step in the `with` block, got none; "
-            "call the pipeline that the callback was made for"
+            "the pipeline must take a step in the `with` block, got none; call the pipeline that "
+            "the callback was made for, and pass the callback to it if it takes one"
         )
 
     def _on_call_ended(self, pipe: Pipeline) -> None:

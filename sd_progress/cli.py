@@ -38,7 +38,7 @@ The name of a pipeline is that of its class. To find it:
   pipe = DiffusionPipeline.from_pretrained("owner/name")
   print(type(pipe).__name__)
 
-Above the names it says how a preview is attached:
+Each list of names is headed by how a preview is attached, and in brackets what else is to be known:
 
   callback         preview = PreviewCallback(pipe, "steps/")
                    pipe(..., callback_on_step_end=preview)
@@ -47,16 +47,17 @@ Above the names it says how a preview is attached:
   with block only  with PreviewCallback(pipe, "steps/"):
                        pipe(...)
 
-and in brackets what else is to be known. Frames show what the model expects the picture to become,
-unless it says noisy there.
+Frames show what the model expects the picture to become, unless the brackets say noisy.
 """
-_MODELS_MORE: Final = "`sd-progress models NAME` tells all about one, and `sd-progress models --help` how to read this."
+_MODELS_MORE: Final = (
+    "`sd-progress models NAME` tells all about one; `sd-progress models --help` how to read this."
+)
 _MODELS_EXAMPLES: Final = """\
 examples:
-  sd-progress models                  the table
-  sd-progress models FluxPipeline     all about one, and how to attach it
-  sd-progress models wan              all about those with "wan" in their name
-  sd-progress models --all | grep IF  also the deprecated ones
+  sd-progress models               all that diffusers has not deprecated
+  sd-progress models --all         those as well
+  sd-progress models FluxPipeline  all about one, and how to attach it
+  sd-progress models wan           all about those with "wan" in their name
 """
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 
@@ -156,7 +157,7 @@ def _add_models(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="NAME",
         help="a pipeline class or a part of its name, in upper or lower case; tells all about it",
     )
-    which.add_argument("--all", action="store_true", help="list deprecated pipelines, too")
+    which.add_argument("--all", action="store_true", help="list deprecated pipelines as well")
     which.add_argument(
         "--markdown", action="store_true", help="print everything as Markdown: docs/supported.md"
     )

@@ -33,8 +33,8 @@ class Frame:
             change in the course of a run; F is 1 where only one frame of a clip was decoded.
         step_index: 0-based count of this run's callbacks; -1 is the initial noise. Not the
             pipeline's own index, which counts half steps and restarts in some pipelines.
-        num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler), as
-            far as is known: pipelines that run in stages, or make a video in parts, go on for more.
+        num_steps: how many callbacks the run makes (2N-1 for N steps of a second-order scheduler),
+            as far as is known: runs in stages, and videos made in parts, go on for more.
         timestep: what the scheduler was given, in its own units; None where there is none.
         sigma: noise level of the latents shown as `noisy`, after the step; None where the
             scheduler keeps no sigmas.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -66,7 +66,10 @@ class Row:
         drawn: what else is done for the quick picture, but not for `vae.decode`.
         decode: keyword arguments for `vae.decode`.
         decode_range: of what `vae.decode` returns.
-        limits: what a preview does not show, for the table of supported pipelines.
+        frames: the local variable that says how many frames of a video are in the batch, where the
+            latents do not have an axis for them.
+        steps: how many steps of the scheduler make one of the pipeline; the last one counts.
+        limits: what is to be known of such previews, for the table of supported pipelines.
     """
 
     name: str
@@ -79,6 +82,8 @@ class Row:
     part: str | None = None
     kept: tuple[str, str] | None = None
     least_ndim: int = 3
+    frames: str | None = None
+    steps: int = 1
     picked: Operation | None = None
     drawn: Operation | None = None
     decode: Mapping[str, object] = field(default_factory=dict)
@@ -96,7 +101,8 @@ class Row:
         """The names of what the operations read of a run, each once."""
         extra = (self.stepped, self.picked, self.drawn)
         used = (*self.operations, *(one for one in extra if one is not None))
-        return tuple(dict.fromkeys(name for one in used for name in one.reads))
+        names = [name for one in used for name in one.reads]
+        return tuple(dict.fromkeys(names if self.frames is None else [*names, self.frames]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +198,11 @@ class Layout:
         """
         if self.row.picked is not None:
             vae_latents = self.row.picked(vae_latents, self._reading(values, latents))
-        frames = None
+        frames = None if self.row.frames is None else (values or {}).get(self.row.frames)
         if latents.ndim == 5 and vae_latents.ndim == 4 and len(vae_latents) > len(latents):
             frames = len(vae_latents) // len(latents)  # a video for an image VAE
-        return Shown(vae_latents, frames)
+        is_known = isinstance(frames, int) and vae_latents.ndim == 4 and frames > 1
+        return Shown(vae_latents, cast(int, frames) if is_known else None)
 
     def to_drawn(self, shown: Tensor, values: Mapping[str, object] | None = None) -> Tensor:
         """What the quick picture is made of: (B, C, h, w) or (B, C, F, h, w)."""
@@ -263,7 +270,7 @@ ROWS = (
             "StableDiffusionLatentUpscale StableDiffusionUpscale StableDiffusionGLIGEN "
             "StableDiffusionGLIGENTextImage StableDiffusionPanorama StableDiffusionSAG "
             "StableDiffusionAttendAndExcite StableDiffusionDiffEdit StableDiffusionLDM3D "
-            "StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPix2PixZero "
+            "StableDiffusionModelEditing StableDiffusionPix2PixZero "
             "CycleDiffusion SemanticStableDiffusion PaintByExample "
             "VersatileDiffusionDualGuided VersatileDiffusionImageVariation "
             "VersatileDiffusionTextToImage TextToVideoZero TextToVideoZeroSDXL "
@@ -523,8 +530,15 @@ ROWS = (
     Row(
         "video_standardised_over_sigma_data",
         (op.standardised_over_sigma_data,),
-        _names("CosmosTextToWorld CosmosVideoToWorld Cosmos2TextToImage Cosmos2VideoToWorld"),
+        _names("Cosmos2TextToImage Cosmos2VideoToWorld"),
         shows="video",
+    ),
+    Row(
+        "video_stepped_twice",
+        (op.standardised_over_sigma_data,),
+        _names("CosmosTextToWorld CosmosVideoToWorld"),
+        shows="video",
+        steps=2,
     ),
     Row(
         "video_cosmos_2_5",
@@ -575,13 +589,14 @@ ROWS = (
         ),
         shows="video",
         stepped=op.frames_from_batch,
+        frames="frames",
     ),
     Row(
         "video_frames_apart",
         (op.scaled,),
         _names("I2VGenXL"),
         shows="video",
-        limits="the frames side by side, not as a clip",
+        frames="num_frames",
     ),
     Row(
         "video_history",
@@ -759,7 +774,9 @@ NOT_SHOWN: Mapping[str, frozenset[str]] = {
         "FluxPriorRedux LTXLatentUpsample LTX2LatentUpsample LTX2VideoDiffusionDecode "
         "VersatileDiffusion"
     ),
-    "its scheduler has no `step` to listen to": _names("ScoreSdeVe"),
+    "its scheduler has no `step` to listen to, or is stepped without it": _names(
+        "ScoreSdeVe StableDiffusionParadigms"
+    ),
     "it makes text": _names("DiffusionGemma LLaDA2"),
     "it makes proteins": _names("RFD4Proteina"),
     "its latents are a 3-D scene that must be rendered": _names("ShapE ShapEImg2Img"),

@@ -241,8 +241,8 @@ def as_one_frame(latents: Tensor, reading: Reading) -> Tensor:
 
 @operation()
 def frames_in_batch(latents: Tensor, reading: Reading) -> Tensor:
-    """(B, C, F, h, w) -> (B * F, C, h, w): a video for an image VAE."""
-    return latents.transpose(1, 2).flatten(0, 1)
+    """(B, C, F, h, w) -> (B * F, C, h, w): a video for an image VAE; that may be so already."""
+    return latents.transpose(1, 2).flatten(0, 1) if latents.ndim == 5 else latents
 
 
 @operation()

@@ -96,8 +96,10 @@ def _wrap(owner: object, method: str) -> _Wrapper:
 
     @functools.wraps(plain)
     def heard(self: object, *args: object, **kwargs: object) -> object:
-        told = tuple(listeners)
-        if self is owner_ref():
+        told, owner = tuple(listeners), owner_ref()
+        if owner is not None and getattr(vars(owner).get(method), "__self__", None) is self:
+            self = owner  # also where a copy of the owner's attributes was put back into it
+        if self is owner:
             original = shadowed or functools.partial(plain, self)
         else:
             told = tuple(listener for listener in told if listener.hears_copies)

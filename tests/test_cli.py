@@ -153,6 +153,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
         ("run --prompt x --model ./no", "diffusers folder, got './no'; there is no such folder"),
         ("run --prompt x --model .", "diffusers folder, got '.'; it has no model_index.json"),
         ("draw", "invalid choice: 'draw'"),
+        ("models flux --all", "argument --all: not allowed with argument NAME"),
     ],
 )
 def test_bad_input_is_told_in_one_line(words, message, tmp_path, monkeypatch):
@@ -179,7 +180,8 @@ def test_a_model_without_text_is_told(tmp_path, pipe):
     DDPMPipeline(unet, pipe.scheduler).save_pretrained(tmp_path / "ddpm")
     done = command(tmp_path, "run", "--model", tmp_path / "ddpm", "--prompt", "x")
     assert done.code == 2
-    assert "--model must be a text-to-image pipeline that takes 'prompt', got a DDPM" in done.err
+    expected = "--model must be a pipeline that makes pictures or videos of a prompt, got a DDPM"
+    assert expected in done.err
 
 
 def test_a_flag_that_the_model_does_not_take_is_told(tmp_path, pipe):
@@ -210,7 +212,7 @@ def test_ctrl_c_leaves_what_was_made(tmp_path):
     assert (tmp_path / "out" / "filmstrip.png").exists()
 
 
-@pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["run", "--help"], []])
+@pytest.mark.parametrize("words", ["--help", "demo --help", "run --help", "models --help", ""])
 def test_help_is_quick(words, tmp_path):
     """It loads neither torch nor diffusers, and shows what can be typed."""
     code = (
@@ -218,11 +220,57 @@ def test_help_is_quick(words, tmp_path):
         "try: main()\n"
         "finally: print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     )
-    words = [sys.executable, "-c", code, *words]
+    words = [sys.executable, "-c", code, *words.split()]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage: sd-progress")
     assert result.stdout.endswith("set()\n")
+
+
+def test_models_lists_what_is_shown(tmp_path):
+    """How many first; then the names by what is shown, deprecated ones only on request."""
+    some, everything = command(tmp_path, "models"), command(tmp_path, "models", "--all")
+    assert (some.code, some.err) == (0, "")
+    assert re.match(r"diffusers \S+: \d+ of \d+ current pipelines are shown", some.out)
+    assert some.out.index("\nImages") < some.out.index(" FluxPipeline") < some.out.index("\nVideos")
+    assert "PNDMPipeline" not in some.out
+    assert "PNDMPipeline" in everything.out
+
+
+def test_models_tells_of_one(tmp_path):
+    """What it shows, and how a preview is attached; case does not matter."""
+    done = command(tmp_path, "models", "fluxpipeline")
+    assert done.out.startswith("FluxPipeline\n")
+    assert "pipe(..., callback_on_step_end=preview)" in done.out
+
+
+def test_models_tells_of_unknown_ones(tmp_path):
+    """That is no mistake: they are inferred."""
+    done = command(tmp_path, "models", "MyPipeline")
+    assert (done.code, done.err) == (0, "")
+    assert "is inferred" in done.out
+
+
+def test_models_does_without_diffusers():
+    """It takes torch at most, and so no more than a second or two."""
+    code = (
+        "import sys; from sd_progress.cli import main\n"
+        "main(['models'])\n"
+        "print({'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("set()\n")
+
+
+def test_models_can_be_cut_short():
+    """As by `| head`: no traceback where nobody reads on."""
+    words = [sys.executable, "-m", "sd_progress", "models"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    process.stderr.close()
 
 
 def test_version(capsys):

@@ -293,6 +293,20 @@ def test_copies_are_heard_on_request():
     assert "step" not in vars(copied)
 
 
+def test_attributes_that_are_copied_and_put_back():
+    """A pipeline that keeps its scheduler's state for each view still steps that scheduler."""
+    watched, plain = EulerDiscreteScheduler(**tiny.BETAS), EulerDiscreteScheduler(**tiny.BETAS)
+    calls, stop = heard_by(watched)
+    for one in (watched, plain):
+        one.set_timesteps(4)
+        for _ in range(2):
+            one.__dict__.update(copy.deepcopy(one.__dict__))
+            step(one)
+    assert (watched.step_index, len(calls)) == (plain.step_index, 2)
+    stop()
+    assert "step" not in vars(watched)
+
+
 def test_parts_come_with_their_number():
     """The steps of single frames are kept with the variable that says which frame it was."""
     watched, tap = scheduler(), a_tap()
