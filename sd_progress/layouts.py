@@ -516,16 +516,9 @@ ROWS = (
     Row(
         "video_standardised_scaled",
         (op.standardised_or_scaled,),
-        _names("Mochi SanaWM"),
+        _names("Mochi SanaWM") | {"SanaWMLTX2Refiner"},
         shows="video",
         stepped=op.tokens_in_place,
-    ),
-    Row(
-        "video_block",
-        (op.standardised_or_scaled,),
-        frozenset({"SanaWMLTX2Refiner"}),
-        shows="video",
-        limits="the part of the video that is being painted",
     ),
     Row(
         "video_standardised_over_sigma_data",

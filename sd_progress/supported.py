@@ -123,6 +123,7 @@ _LIMITS: Mapping[str, str] = {
     "LTX2Pipeline": "not the sound",
     "TextToVideoZeroPipeline": "the frames side by side, not as a clip",
     "TextToVideoZeroSDXLPipeline": "the frames side by side, not as a clip",
+    "SanaWMLTX2Refiner": "the part of the video that is being painted",
     "UniDiffuserPipeline": "not the text",
 }
 
