@@ -126,6 +126,8 @@ class PreviewCallback:
             every, vae_every, min_interval_s, source, batch, initial, final, keep_latents
         )
         vae, layout = vae_of(pipe), layout_for(pipe)
+        if layout is None:
+            warn(_why_nothing_is_shown(pipe))
         boundary = Boundary(on_error)
         self._parts = Parts(
             options=self._options,
@@ -242,8 +244,12 @@ class PreviewCallback:
         self._end()
         if error is None:
             self._parts.boundary.raise_kept()
-            if self._runs_begun == self._runs_at_entry and _is_first_rank():
-                warn(self._why_nothing_was_shown())
+            if self._runs_begun == self._runs_at_entry and self._is_something_expected():
+                warn(
+                    "the pipeline must take a step in the `with` block, got none; call the "
+                    "pipeline that the callback was made for, and pass the callback to it if it "
+                    "takes one"
+                )
         return isinstance(error, RunCancelled) and error.callback is self
 
     def cancel(self) -> None:
@@ -423,18 +429,9 @@ class PreviewCallback:
         self._finish()
         raise RunCancelled(self)
 
-    def _why_nothing_was_shown(self) -> str:
-        pipe = self._pipe()
-        reason = None if pipe is None else reason_not_shown(*_class_names(pipe))
-        if reason is not None:
-            return (
-                f"pipe must be one that makes pictures, got {type(pipe).__name__}, of which "
-                f"nothing is shown: {reason}; `sd-progress models` lists what is"
-            )
-        return (
-            "the pipeline must take a step in the `with` block, got none; call the pipeline that "
-            "the callback was made for, and pass the callback to it if it takes one"
-        )
+    def _is_something_expected(self) -> bool:
+        """Whether this process previews, and the pipeline is not known to make no pictures."""
+        return _is_first_rank() and self._layout_of(self._pipe()) is not None
 
     def _on_call_ended(self, pipe: Pipeline) -> None:
         run, calls = self._run, running_calls()
@@ -544,8 +541,12 @@ def _members(callback: object) -> Sequence[object]:
     return members if isinstance(members, list | tuple) else ()
 
 
-def _class_names(pipe: object) -> list[str]:
-    return [cls.__name__ for cls in type(pipe).__mro__]
+def _why_nothing_is_shown(pipe: object) -> str:
+    reason = reason_not_shown(*(cls.__name__ for cls in type(pipe).__mro__))
+    return (
+        f"pipe must be one that makes pictures, got {type(pipe).__name__}, of which nothing is "
+        f"shown: {reason}; `sd-progress models` lists those that are shown"
+    )
 
 
 def _is_first_rank() -> bool:
