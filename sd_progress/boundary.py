@@ -65,8 +65,11 @@ class Boundary:
     def raise_kept(self) -> None:
         """With `on_error="raise"`, raise the first failure since the last call."""
         error, self._kept = self._kept, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # else it would hold this frame, and this frame the run's
 
 
 def warn(message: str) -> None:

@@ -31,7 +31,12 @@ from .tap import (
 from .writers import Target, Writer, writer_for
 from .x0 import StepCall
 
-_OUTPUTS = ("image", "images", "video", "videos", "frames")
+_OUTPUTS = {
+    "image": ("image", "images", "video", "videos", "frames"),
+    "video": ("video", "videos", "frames", "image", "images"),  # an image is what it starts from
+    "audio": (),
+}
+_START = "progress_bar"  # called by most pipelines just before their loop
 _END = "maybe_free_model_hooks"  # the last thing that pipelines call before they return
 
 
@@ -81,8 +86,9 @@ class PreviewCallback:
             failure out of the pipeline call.
         min_interval_s: seconds that must lie between two previews; the last is always made.
         initial: also show the noise that the run starts from, as a frame before the first step.
-        final: also show the pipeline's own finished picture, as a frame after the last step; twice
-            side by side with `source="both"`, so that all frames of a run have one shape.
+        final: also show the pipeline's own finished picture or clip, as a frame after the last
+            step, of pipelines that say when they are done (most do); twice side by side with
+            `source="both"`.
         clock: seconds, monotonic.
 
     Raises:
@@ -223,7 +229,7 @@ class PreviewCallback:
 
         Inside the block the pipeline need not be given the callback: its scheduler is enough.
         """
-        self._is_entered = True
+        self._is_entered, self._is_cancelled = True, False
         self._runs_at_entry = self._runs_begun
         pipe = self._pipe()
         if pipe is not None:
@@ -260,7 +266,8 @@ class PreviewCallback:
         are completed and the pipeline can be used again. In a distributed run call it on every
         rank, or the others wait for ever.
         """
-        self._is_cancelled = self._run is not None or self._is_entered
+        is_one_coming = self._is_entered and self._runs_begun == self._runs_at_entry
+        self._is_cancelled = self._run is not None or is_one_coming
 
     def close(self) -> None:
         """End the run, if there is one, and leave the pipeline as it was found.
@@ -281,6 +288,7 @@ class PreviewCallback:
 
     def _end(self) -> None:
         self._finish()
+        self._is_cancelled = False
         if self._ears is not None:
             self._ears.close()
 
@@ -315,6 +323,8 @@ class PreviewCallback:
         if layout.row.latents is not None and calls is not None:
             latents = cast(Tensor, calls.inner.local(layout.row.latents))
         self._take(layout, calls, cast(Pipeline, pipe), index, timestep, latents, latents)
+        if self._run is not None:
+            self._run.is_called_back = True
 
     def _on_scheduler_step(self) -> None:
         """A scheduler has stepped: in a `with` block, all that some pipelines show of a step."""
@@ -341,13 +351,17 @@ class PreviewCallback:
         """Whether the running pipeline was given this callback, and so calls it itself."""
         if calls is None:
             return False
+        run = self._run
+        if run is not None and run.is_called_back and run.call is calls.outer.frame:
+            return True
         given = [calls.inner.local(name) for name in ("callback_on_step_end", "callback")]
         given = [one for one in given if one is not None]
         if any(one is self or self in _members(one) for one in given):
             return True
         # Someone else's function, which may call this one: that is seen after two steps.
         self._silent_steps += 1
-        return bool(given) and self._silent_steps <= 2
+        may_call_us = any(type(one) is not PreviewCallback for one in given)
+        return may_call_us and self._silent_steps <= 2
 
     def _layout_of(self, pipe: object) -> Layout | None:
         if pipe is None:
@@ -371,7 +385,7 @@ class PreviewCallback:
         run = self._current_run(calls, pipe)
         frame = None if calls is None else calls.inner.frame
         scheduler_call, is_first = self._parts.tap.take()
-        expected = _num_callbacks(pipe, scheduler_call)
+        expected = _num_callbacks(None if calls is None else calls.inner, pipe, scheduler_call)
         run.begin_step(frame, index if isinstance(index, int) else 0, expected)
         step = Step(
             layout=layout,
@@ -386,7 +400,7 @@ class PreviewCallback:
             at_s=self._parts.clock(),
         )
         run.step(step, is_last=self._is_cancelled or bool(getattr(pipe, "_interrupt", False)))
-        if run.is_complete and (calls is None or not _ends_with_a_sign(calls.outer)):
+        if run.is_complete and _is_last_of(calls, layout):
             self._finish()
 
     def _current_run(self, calls: Calls | None, pipe: Pipeline) -> Run:
@@ -424,10 +438,16 @@ class PreviewCallback:
         if calls is not None and _heeds_interrupt(calls.inner):
             calls.inner.pipe._interrupt = True  # type: ignore[attr-defined]
             return
+        self._finish()
         if calls is not None and hasattr(calls.outer.pipe, _END):
             calls.outer.pipe.maybe_free_model_hooks()
-        self._finish()
         raise RunCancelled(self)
+
+    def _on_loop_begins(self) -> None:
+        with self._parts.boundary.around("listening to the scheduler"):
+            pipe = self._pipe()
+            if pipe is not None and self._is_entered and self._run is None:
+                self._listen(pipe)
 
     def _is_something_expected(self) -> bool:
         """Whether this process previews, and the pipeline is not known to make no pictures."""
@@ -442,7 +462,9 @@ class PreviewCallback:
         with self._parts.boundary.around("the last frame"), torch.no_grad():
             run.submit_skipped()
             if self._options.final:
-                run.submit_final(finished_images(calls.outer.local(*_OUTPUTS)))
+                is_raw = calls.outer.local("output_type") != "pt"
+                output = calls.outer.local(*_OUTPUTS[run.shows])
+                run.submit_final(finished_images(output, is_raw=is_raw))
         self._finish()
         self._parts.boundary.raise_kept()
 
@@ -474,6 +496,7 @@ class _Ears:
         self._tap = tap
         self._callback = weakref.ref(callback)
         self._stop = listen(pipe, _END, self) if hasattr(type(pipe), _END) else _nothing
+        self._stop_start = listen(pipe, _START, _Start(callback)) if hasattr(pipe, _START) else None
         self._finalizer = weakref.finalize(callback, self.close)
         self._finalizer.atexit = False
 
@@ -483,6 +506,8 @@ class _Ears:
             self.is_closed = True
             self._finalizer.detach()
             self._stop()
+            if self._stop_start is not None:
+                self._stop_start()
             self._tap.detach()
 
     @property
@@ -507,6 +532,32 @@ class _Ears:
             callback._on_call_ended(pipe)
 
 
+class _Start:
+    """Hears that a pipeline is about to loop, perhaps with another scheduler than before."""
+
+    hears_copies = False
+
+    def __init__(self, callback: PreviewCallback) -> None:
+        self._callback = weakref.ref(callback)
+
+    def before(self, owner: object) -> object:
+        """Listen to the schedulers that the pipeline has now."""
+        callback = self._callback()
+        if callback is not None:
+            callback._on_loop_begins()
+        return None
+
+    def after(
+        self,
+        owner: object,
+        seen: object,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        output: object,
+    ) -> None:
+        """The loop begins only now."""
+
+
 def _nothing() -> None:
     """Nothing is there to undo."""
 
@@ -519,8 +570,11 @@ def _kept(call: Call, layout: Layout) -> tuple[Tensor, Tensor] | None:
     if names is None:
         return None
     mask, latents = map(call.local, names)
-    is_known = isinstance(mask, Tensor) and isinstance(latents, Tensor)
-    return (cast(Tensor, mask), cast(Tensor, latents)) if is_known else None
+    if not isinstance(latents, Tensor):
+        return None
+    if mask is None and isinstance(whole := call.local("mask"), Tensor):
+        mask = whole[: len(latents)]  # before the first step's end; doubled for guidance
+    return (mask, latents) if isinstance(mask, Tensor) else None
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
@@ -561,6 +615,14 @@ def _heeds_interrupt(call: Call) -> bool:
     return "interrupt" in call.frame.f_code.co_names and hasattr(call.pipe, "_interrupt")
 
 
+def _is_last_of(calls: Calls | None, layout: Layout) -> bool:
+    """Whether a run's last expected step is where to end it: nothing else will tell of its end."""
+    if calls is None:
+        return True
+    is_one_loop = calls.outer.frame is calls.inner.frame and not layout.row.is_in_parts
+    return is_one_loop and not _ends_with_a_sign(calls.outer)
+
+
 def _ends_with_a_sign(call: Call) -> bool:
     """Whether a call will still tell of its end; some leave early when latents are asked for."""
     return _END in call.frame.f_code.co_names and call.local("output_type") != "latent"
@@ -578,14 +640,30 @@ def _latents(given: object) -> Tensor:
     return latents
 
 
-def _num_callbacks(pipe: Pipeline, call: StepCall | None) -> int:
-    """How many callbacks a run makes: half steps of second-order schedulers count."""
-    counted = getattr(pipe, "_num_timesteps", None)
-    if isinstance(counted, int):
-        return counted
-    scheduler = getattr(pipe, "scheduler", None) if call is None else call.scheduler
+def _num_callbacks(call: Call | None, pipe: Pipeline, step: StepCall | None) -> int:
+    """How many steps a pipeline makes: half steps of second-order schedulers count.
+
+    Its own count is believed only where the running call sets it: else it is of an earlier one.
+    """
+    if call is not None and "_num_timesteps" in call.frame.f_code.co_names:
+        counted = getattr(pipe, "_num_timesteps", None)
+        if isinstance(counted, int):
+            return counted
+    scheduler = getattr(pipe, "scheduler", None) if step is None else step.scheduler
     timesteps = getattr(scheduler, "timesteps", None)
-    return len(timesteps) if isinstance(timesteps, Tensor) else 1
+    if not isinstance(timesteps, Tensor):
+        return 1
+    used = None if call is None else call.local("timesteps")
+    is_known = isinstance(used, Tensor) and _is_end_of(used, timesteps)
+    return len(cast(Tensor, used)) if is_known else len(timesteps)
+
+
+def _is_end_of(part: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor is the last part of another: image-to-image leaves out the first steps."""
+    if part.ndim != 1 or whole.ndim != 1 or not part.is_contiguous():
+        return False
+    is_view = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return is_view and part[:1].data_ptr() + part.nbytes == whole[:1].data_ptr() + whole.nbytes
 
 
 def _check_pipeline(pipe: object) -> None:

@@ -147,6 +147,16 @@ class VaeDecoder:
     def __init__(self, vae: nn.Module) -> None:
         self._vae = vae
 
+    def can_decode(self, latents: Tensor) -> bool:
+        """Whether all latents are finite, or ids of entries: masked tokens are not, until the end.
+
+        An id beyond the codebook is no mere error on an accelerator, which it can take down.
+        """
+        if latents.is_floating_point():
+            return bool(latents.isfinite().all())
+        entries = getattr(getattr(self._vae, "config", None), "num_vq_embeddings", 0)
+        return bool(((latents >= 0) & (latents < entries)).all())
+
     def decode(
         self,
         latents: Tensor,
@@ -222,24 +232,34 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], pixels.numpy())
 
 
-def finished_images(output: object) -> NDArray[np.uint8] | None:
+def finished_images(output: object, *, is_raw: bool = False) -> NDArray[np.uint8] | None:
     """A pipeline's own pictures or clips, of any `output_type`.
 
+    Args:
+        output: PIL pictures, lists of them, an array or a tensor.
+        is_raw: whether a tensor is what the decoder returned, in [-1, 1] and not in [0, 1].
+
     Returns:
-        (B, H, W, 3) or (B, F, H, W, 3) uint8; None for latents and for what is no picture.
+        (B, H, W, 3) or (B, F, H, W, 3) uint8; None for latents, for what is no picture, and for
+        pictures of different sizes.
     """
     if isinstance(output, list) and output:
         if all(isinstance(x, Image.Image) for x in output):
-            return np.stack([np.asarray(picture.convert("RGB")) for picture in output])
+            return _stacked([np.asarray(picture.convert("RGB")) for picture in output])
         clips = [finished_images(clip) for clip in output if isinstance(clip, list)]
         known = [clip for clip in clips if clip is not None]
-        return np.stack(known) if len(known) == len(output) else None
+        return _stacked(known) if len(known) == len(output) else None
     if isinstance(output, np.ndarray) and output.ndim in (4, 5) and output.shape[-1] == 3:
-        output = torch.from_numpy(output).movedim(-1, -3)
+        return finished_images(torch.from_numpy(output).movedim(-1, -3))
     if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-3] == 3:
-        pixels = to_uint8(output.detach().float().cpu().flatten(0, -4) * 2 - 1)
+        values = output.detach().float().cpu().flatten(0, -4)
+        pixels = to_uint8(values if is_raw else values * 2 - 1)
         return pixels.reshape(*output.shape[:-3], *pixels.shape[1:])
     return None
+
+
+def _stacked(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8] | None:
+    return np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else None
 
 
 def decoder_maker(

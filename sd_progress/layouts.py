@@ -69,6 +69,7 @@ class Row:
         frames: the local variable that says how many frames of a video are in the batch, where the
             latents do not have an axis for them.
         steps: how many steps of the scheduler make one of the pipeline; the last one counts.
+        is_in_parts: whether a long video is made part by part, each with a loop of its own.
         limits: what is to be known of such previews, for the table of supported pipelines.
     """
 
@@ -88,6 +89,7 @@ class Row:
     drawn: Operation | None = None
     decode: Mapping[str, object] = field(default_factory=dict)
     decode_range: tuple[float, float] = (-1.0, 1.0)
+    is_in_parts: bool = False
     limits: str = ""
 
     @property
@@ -544,6 +546,7 @@ ROWS = (
         (op.standardised_with("self.latents_mean", "self.latents_std", is_inverse=False),),
         _names("Cosmos2_5_Transfer"),
         shows="video",
+        is_in_parts=True,
         limits="the part of the video that is being painted",
     ),
     Row(
@@ -564,6 +567,7 @@ ROWS = (
         (op.without_first(1), op.standardised),
         _names("WanAnimate"),
         shows="video",
+        is_in_parts=True,
         limits="the part of the video that is being painted",
     ),
     Row(
@@ -596,12 +600,14 @@ ROWS = (
         (op.section_with_history, op.scaled),
         _names("HunyuanVideoFramepack"),
         shows="video",
+        is_in_parts=True,
     ),
     Row(
         "video_chunk",
         (op.standardised,),
         _names("Helios HeliosPyramid HeliosModular"),
         shows="video",
+        is_in_parts=True,
         limits="the part of the video that is being painted",
     ),
     Row(
@@ -609,6 +615,7 @@ ROWS = (
         (op.after_earlier_windows, op.standardised),
         _names("SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingVideoToVideo"),
         shows="video",
+        is_in_parts=True,
         part="idx",
     ),
     Row(
@@ -616,6 +623,7 @@ ROWS = (
         (op.after_earlier_windows, op.without_end_frames, op.standardised),
         _names("SkyReelsV2DiffusionForcingImageToVideo"),
         shows="video",
+        is_in_parts=True,
         part="idx",
     ),
     # --- videos, other axes
@@ -648,6 +656,7 @@ ROWS = (
         (op.chunk_in_its_place, op.permuted(0, 2, 1, 3, 4), op.standardised),
         _names("AnyFlowFAR"),
         shows="video",
+        is_in_parts=True,
     ),
     Row(
         "video_channels_last",
@@ -680,6 +689,7 @@ ROWS = (
         (op.permuted(0, 4, 1, 2, 3), op.scaled),
         _names("Kandinsky6SR"),
         shows="video",
+        is_in_parts=True,
         limits="the tiles that are being painted",
     ),
     # --- videos, packed into tokens
@@ -721,6 +731,7 @@ ROWS = (
         (op.window_tokens, op.window_behind_others, op.standardised_or_scaled),
         _names("LTXI2VLongMultiPrompt"),
         shows="video",
+        is_in_parts=True,
         latents="latents_packed",
         kept=("cond_mask_tokens", "window_latents_packed"),
     ),

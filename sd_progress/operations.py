@@ -682,7 +682,8 @@ def behind_first_frame_of_channels(stepped: Tensor, reading: Reading) -> Tensor:
 @operation(*video_tokens.reads, "self._pack_latents")
 def packed_behind_first_frame(stepped: Tensor, reading: Reading) -> Tensor:
     """(B, C, F - 1, h, w) -> (B, N, C), with the first frame as it is (LTX image-to-video)."""
-    whole = video_tokens(_context(reading), reading)
+    whole = _context(reading)  # unpacked already where the scheduler is about to step it
+    whole = video_tokens(whole, reading) if whole.ndim == 3 else whole
     whole = torch.cat([whole[:, :, :1], stepped], dim=2)
     pack = cast(Callable[..., Tensor], reading["self._pack_latents"])
     return pack(whole, *(reading[name] for name in _VIDEO_PATCHES))

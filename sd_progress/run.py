@@ -16,7 +16,7 @@ from .boundary import Boundary
 from .decoders import Decoder, PixelDecoder, VaeDecoder
 from .engine import PATIENCE_S, Snapshot, Worker
 from .frame import INITIAL_STEP_INDEX, Frame, Source
-from .layouts import Layout, LayoutError, Shown
+from .layouts import Layout, LayoutError, Shown, Shows
 from .tap import SchedulerTap, is_running
 from .writers import Writer
 from .x0 import StepCall, initial_noise_scale, noise_scale, predict_x0, sigma_after
@@ -102,13 +102,14 @@ class _Job:
     noise_scale: float = 1.0
     images: NDArray[np.uint8] | None = None
     decoder: str = ""
+    values_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
-        """What it holds on to while it waits."""
+        """What it holds on to while it waits, and no earlier job does."""
         held = [x for x in (self.noisy, self.denoised, self.context) if x is not None]
         images = 0 if self.images is None else self.images.nbytes
-        return sum(x.size_bytes for x in held) + images
+        return sum(x.size_bytes for x in held) + images + self.values_bytes
 
 
 @dataclass(eq=False)
@@ -120,6 +121,8 @@ class Run:
         index: 0-based count of the callback's runs.
         call: the frame of the outermost pipeline's `__call__`; let go of when the run ends.
         started_s: when the first step began, by the clock in `parts`.
+        is_called_back: whether the pipeline calls the callback itself.
+        shows: what its pictures are of.
         undo: what to undo on the pipeline when the run ends; may be called again.
         previous: the run before; its files are closed before this one's are opened.
     """
@@ -136,7 +139,9 @@ class Run:
         self.num_steps = self._steps = self._frames = 0
         self._stage: FrameType | None = None
         self._stage_began = self._stage_index = 0
-        self._kept: dict[str, tuple[Tensor, int, Snapshot]] = {}
+        self._copies: dict[str, tuple[Tensor, int | None, Snapshot]] = {}
+        self.is_called_back = False
+        self.shows: Shows = "image"
         self._first_step_s = self.started_s
         self._last_frame_s = float("-inf")
         self._skipped: Step | None = None
@@ -193,6 +198,7 @@ class Run:
 
     def step(self, step: Step, *, is_last: bool) -> None:
         """Take a step that was counted in: decide, copy what is small, hand over, return."""
+        self.shows = step.layout.row.shows
         if self._frames == 0 and self._skipped is None:
             self._first_step_s = step.at_s
             if self.parts.options.initial and step.is_first:
@@ -267,13 +273,15 @@ class Run:
             if step.call is None:
                 return
             context = self._context(step, step.call.sample)
+            values, values_bytes = self._private(step.values)
             self._submit(
                 _Job(
                     step_index=INITIAL_STEP_INDEX,
                     source="noisy",
                     elapsed_s=0.0,
                     layout=step.layout,
-                    values=self._private(step.values),
+                    values=values,
+                    values_bytes=values_bytes,
                     noisy=Snapshot(step.call.sample),
                     context=None if context is None else Snapshot(context),
                     noise_scale=initial_noise_scale(step.call),
@@ -288,6 +296,7 @@ class Run:
         sigma, scale = self._noise_level(step)
         images = self._full_decode(step, _pictured(noisy, x0, scale), context)
         copied = _Snapshots()
+        values, values_bytes = self._private(step.values)
         return _Job(
             step_index=self._steps - 1,
             source=options.source if x0 is not None else "noisy",
@@ -296,7 +305,8 @@ class Run:
             timestep=_scalar(step.timestep),
             sigma=sigma,
             layout=step.layout,
-            values=self._private(step.values),
+            values=values,
+            values_bytes=values_bytes,
             noisy=copied.of(noisy),
             denoised=copied.of(x0),
             context=copied.of(context),
@@ -313,19 +323,25 @@ class Run:
         is_whole = all(x is None or x.shape == context.shape for x in shown)
         return None if is_whole else context
 
-    def _private(self, values: Mapping[str, object]) -> dict[str, object]:
-        """Values with copies in the place of tensors; what did not change is copied once."""
-        return {
-            name: self._copied(name, value) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
+    def _private(self, values: Mapping[str, object]) -> tuple[dict[str, object], int]:
+        """Values with copies in the place of tensors, and the size of those that are new.
 
-    def _copied(self, name: str, tensor: Tensor) -> Snapshot:
-        version = 0 if tensor.is_inference() else tensor._version
-        kept = self._kept.get(name)
-        if kept is None or kept[0] is not tensor or kept[1] != version or tensor.is_inference():
-            kept = self._kept[name] = tensor, version, Snapshot(tensor)
-        return kept[2]
+        What did not change since the last time is not copied again.
+        """
+        private, new_bytes = dict(values), 0
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                known = self._unchanged(name, value)
+                private[name] = copy = known or Snapshot(value)
+                if known is None:
+                    new_bytes += copy.size_bytes
+                    self._copies[name] = value, _version(value), copy
+        return private, new_bytes
+
+    def _unchanged(self, name: str, tensor: Tensor) -> Snapshot | None:
+        seen, version, copy = self._copies.get(name, (None, None, None))
+        is_same = seen is tensor and version is not None and version == _version(tensor)
+        return copy if is_same else None
 
     def _x0(self, step: Step) -> Tensor | None:
         """None where there is none, or where the scheduler steps something else than is shown."""
@@ -358,6 +374,8 @@ class Run:
             images = []
             for latents in pictured:
                 shown = _looked_at(step.layout, latents, context, step.values)
+                if not decoder.can_decode(shown.latents):
+                    return None
                 images.append(self._decoded(decoder, step, shown))
         except Exception as error:
             if _are_finite(pictured):  # else it is not the VAE's fault
@@ -385,7 +403,7 @@ class Run:
     def _release(self) -> None:
         self.undo()
         self.call = self._stage = None
-        self._kept.clear()
+        self._copies.clear()
 
     # The worker's thread ------------------------------------------------------------------
     # Here even a BaseException is a failure of a target: Ctrl-C goes to the main thread.
@@ -448,6 +466,8 @@ class Run:
                 self._check_finite(pictured, job.step_index)
                 looked_at = [_looked_at(job.layout, x, context, values) for x in pictured]
                 images, decoder = self._drawn(job.layout, looked_at, values)
+                if job.step_index == INITIAL_STEP_INDEX and self.parts.options.source == "both":
+                    images = np.concatenate([images, images], axis=-2)
         assert images is not None
         return Frame(
             images=images,
@@ -487,6 +507,11 @@ class Run:
 
 
 _PIXELS = PixelDecoder()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _frame_by_frame(latents: Tensor, parts: Sequence[tuple[int, StepCall]]) -> Tensor:

@@ -175,6 +175,7 @@ class SchedulerTap:
         self._on_step = on_step
         self._heard: list[tuple[weakref.ref[object], Callable[[], None]]] = []
         self._last: StepCall | None = None
+        self._counts: dict[int, int] = {}
         self._parts: list[tuple[int, StepCall]] = []
         self._steps = 0
         self.part: str | None = None
@@ -206,16 +207,18 @@ class SchedulerTap:
     def forget(self) -> None:
         """Start anew: the next step is a run's first."""
         self._last, self._steps, self.started_s = None, 0, None
+        self._counts.clear()
         self._parts.clear()
 
     def forget_earlier(self) -> None:
         """The last step was the first of a new run; what was before it is forgotten."""
         self._steps, self.started_s = min(self._steps, 1), None
+        self._counts = {key: min(count, 1) for key, count in self._counts.items()}
 
     def take(self) -> tuple[StepCall | None, bool]:
-        """The step since the last `take`, and whether it was the first of its run."""
+        """The step since the last `take`, and whether it was its scheduler's first in the run."""
         last, self._last = self._last, None
-        return last, self._steps == 1
+        return last, last is not None and self._counts.get(id(last.scheduler)) == 1
 
     def take_parts(self) -> list[tuple[int, StepCall]]:
         """The steps of single frames since the last time, with the frames' numbers."""
@@ -257,6 +260,7 @@ class SchedulerTap:
         with self._boundary.around("reading the scheduler's step"):
             self._last = self._step_call(owner, seen, args, kwargs, output)
             self._steps += 1
+            self._counts[id(owner)] = self._counts.get(id(owner), 0) + 1
         if self._on_step is not None:
             self._on_step()
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +14,7 @@ import torch
 import zoo
 from diffusers.callbacks import MultiPipelineCallbacks
 from PIL import Image
-from test_every_layout import shadows
+from test_every_layout import at_each_step, shadows
 from test_promises import assert_same
 
 from sd_progress import layouts
@@ -129,6 +130,81 @@ def test_pipelines_without_a_callback(name, tmp_path):
         assert animation.n_frames == len(frames)
 
 
+NEEDS_ITS_CALLBACK = "SkyReelsV2Diffusion"  # each frame has a copy of the scheduler
+REINSERTS = {"FluxControlNetInpaintPipeline", "Flux2KleinInpaintPipeline"}  # noise, after the step
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in zoo.load_families()
+        if not name.startswith((NEEDS_ITS_CALLBACK, "ShapE")) and name not in REINSERTS
+    ],
+)
+def test_the_invariant_without_the_callback(name):
+    """What the scheduler alone tells is enough: the last latents are what the decoder gets."""
+    case, frames = zoo.build(name), []
+    options = {"source": "noisy", "keep_latents": True, "on_error": "raise"}
+    with PreviewCallback(case.pipe, frames.append, **options):
+        _, decodes = zoo.run(case)
+    assert frames[-1].is_last or layouts_row(name).is_in_parts
+    if decodes and "WanImageToVideoPipeline:" not in name:
+        shown = case.decoded(decodes)
+        if layouts_row(name).kept is None:
+            torch.testing.assert_close(frames[-1].latents, shown, rtol=1e-6, atol=1e-6)
+
+
+def layouts_row(name):
+    """The row of a pipeline."""
+    return layouts.default_registry().row_for([name.partition(":")[0]]) or layouts.INFERRED
+
+
+def test_a_scheduler_exchanged_between_two_runs_is_heard():
+    """Inside one `with`, without passing the callback."""
+    pipe, frames = tiny.sd(), []
+    with PreviewCallback(pipe, frames.append):
+        pipe(**tiny.sd_call(pipe, **SIZE))
+        pipe.scheduler = diffusers.EulerDiscreteScheduler(**tiny.BETAS)
+        pipe(**tiny.sd_call(pipe, **SIZE))
+    assert [frame.run_index for frame in frames] == [0] * 4 + [1] * 4
+    assert shadows(pipe) == []
+
+
+def test_a_callback_that_calls_us_now_and_then():
+    """Steps that it leaves out are not taken from the scheduler."""
+    pipe, frames = tiny.sd(), []
+    with PreviewCallback(pipe, frames.append) as preview:
+
+        def sometimes(*given):
+            return preview(*given) if given[1] % 2 == 0 else {}
+
+        call = tiny.sd_call(pipe, steps=10, **SIZE)
+        pipe(**call, callback_on_step_end=sometimes)
+    assert len(frames) == 5
+
+
+def test_loops_of_the_users_own_after_a_run():
+    """The pipeline's count of an earlier run says nothing of them."""
+    pipe, frames = tiny.sd(), []
+    pipe(**tiny.sd_call(pipe, steps=2, **SIZE))
+    with PreviewCallback(pipe, frames.append):
+        for _ in range(2):
+            pipe.scheduler.set_timesteps(5)
+            for t in pipe.scheduler.timesteps:
+                latents = torch.ones(1, 4, 8, 12)
+                pipe.scheduler.step(latents, t, latents)
+    assert [frame.run_index for frame in frames] == [0] * 5 + [1] * 5
+
+
+def test_image_to_image_knows_its_steps():
+    """Of a pipeline that keeps no count of its own, the steps that are left out do not count."""
+    case, frames = zoo.build("IFImg2ImgPipeline"), []
+    callback = PreviewCallback(case.pipe, frames.append)
+    zoo.run(case, callback=callback)
+    assert frames[-1].is_last
+
+
 # Several pipelines in one, several parts of one video
 
 
@@ -141,6 +217,16 @@ def test_a_combined_pipeline_is_one_run(tmp_path):
     assert {frame.run_index for frame in frames} == {0}
     assert [frame.num_steps for frame in frames] == [3, 3, 3, 6, 6, 6]
     assert [path.name for path in tmp_path.iterdir()] == ["run.gif"]
+
+
+def test_parts_whose_latents_are_asked_for_are_one_run(tmp_path):
+    """Nothing tells of the end of such a call; the parts' ends are not taken for it."""
+    case = zoo.build("HeliosPipeline")
+    with PreviewCallback(case.pipe, tmp_path / "run.gif") as preview:
+        zoo.run(case, callback_on_step_end=preview, **{})
+        case.call["output_type"] = "latent"
+        zoo.run(case, callback_on_step_end=preview)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-2.gif", "run.gif"]
 
 
 def test_steps_that_are_no_picture_are_left_out():
@@ -199,6 +285,40 @@ def test_the_finished_video_is_a_frame():
     output, _ = zoo.run(case, callback_on_step_end=callback)
     assert frames[-1].source == "final"
     np.testing.assert_allclose(frames[-1].images, np.asarray(output[0]) * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("name", ["WanImageToVideoPipeline", "StableVideoDiffusionPipeline"])
+def test_the_finished_video_is_not_the_image_it_starts_from(name):
+    """The call has a variable `image`, too."""
+    case, frames = zoo.build(name), []
+    callback = PreviewCallback(case.pipe, frames.append, final=True)
+    output, _ = zoo.run(case, callback_on_step_end=callback)
+    assert frames[-1].images.shape == np.asarray(output[0]).shape
+
+
+def test_a_finished_picture_that_is_not_scaled_yet():
+    """Some pipelines tell of their end with the decoder's values, in [-1, 1]."""
+    case, frames = zoo.build("KandinskyPipeline"), []
+    callback = PreviewCallback(case.pipe, frames.append, final=True)
+    output, _ = zoo.run(case, callback=callback)
+    np.testing.assert_allclose(frames[-1].images, np.asarray(output[0]) * 255, atol=0.51)
+
+
+def test_masked_tokens_are_not_decoded():
+    """Their ids are beyond the codebook; the full decode waits until none is left."""
+    case, frames = zoo.build("AmusedPipeline"), []
+    options = {"vae_every": 1, "source": "noisy"}
+    zoo.run(case, callback=PreviewCallback(case.pipe, frames.append, **options))
+    assert [frame.decoder for frame in frames][-1] == "vae"
+    assert frames[0].decoder == "pca"
+
+
+def test_the_initial_frame_has_the_shape_of_the_others():
+    """Also with both sources side by side."""
+    pipe, frames = tiny.sd(), []
+    callback = PreviewCallback(pipe, frames.append, source="both", initial=True)
+    pipe(**tiny.sd_call(pipe, **SIZE), callback_on_step_end=callback)
+    assert len({frame.images.shape for frame in frames}) == 1
 
 
 # The unknown
@@ -354,6 +474,27 @@ def test_cancelling_from_another_thread():
     pipe(**call, callback_on_step_end=callback)
     button.join()
     assert frames.queue[-1].step_index < 399
+
+
+def test_a_late_cancel_in_a_with_block_does_nothing():
+    """The first run is over, and the second is another."""
+    pipe, frames = tiny.sd(), []
+    with PreviewCallback(pipe, frames.append) as preview:
+        pipe(**tiny.sd_call(pipe, **SIZE))
+        preview.cancel()
+        pipe(**tiny.sd_call(pipe, **SIZE))
+    assert len(frames) == 8
+
+
+def test_a_run_left_by_an_exception_has_no_finished_picture():
+    """What the call has under that name is something else."""
+    case, frames = zoo.build("LDMSuperResolutionPipeline"), []
+    with (
+        PreviewCallback(case.pipe, frames.append, final=True) as preview,
+        at_each_step(case.pipe, lambda number: preview.cancel()),
+    ):
+        zoo.run(case)
+    assert [frame.source for frame in frames] == ["denoised"]
 
 
 def test_cancelling_no_run_does_nothing():
