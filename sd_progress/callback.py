@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Literal, cast, get_args, overload
 
@@ -20,6 +20,7 @@ from .run import Batch, Options, Parts, PreviewSource, Run, Step
 from .tap import (
     Call,
     Calls,
+    Heard,
     Pipeline,
     SchedulerTap,
     is_called_by,
@@ -518,14 +519,7 @@ class _Ears:
     def before(self, owner: object) -> object:
         """Nothing is to be seen yet."""
 
-    def after(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> None:
+    def after(self, heard: Heard) -> None:
         """The pipeline's call is about to return."""
         callback, pipe = self._callback(), self.pipe()
         if callback is not None and pipe is not None:
@@ -547,14 +541,7 @@ class _Start:
             callback._on_loop_begins()
         return None
 
-    def after(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> None:
+    def after(self, heard: Heard) -> None:
         """The loop begins only now."""
 
 

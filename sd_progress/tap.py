@@ -36,6 +36,25 @@ class Pipeline(Protocol):
         """Called by pipelines at the end of `__call__`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """One call of a method that is listened to.
+
+    Attributes:
+        owner: whose method; a deep copy of it, for listeners that hear those.
+        seen: what the listener's `before` returned.
+        args: what the method was given.
+        kwargs: likewise.
+        output: what it returned.
+    """
+
+    owner: object
+    seen: object
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    output: object
+
+
 class Listener(Protocol):
     """Is told of each call of a method; must not raise, because the caller is the run itself."""
 
@@ -46,15 +65,8 @@ class Listener(Protocol):
     def before(self, owner: object) -> object:
         """Just before the call; what is returned here is given to `after`."""
 
-    def after(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> None:
-        """Just after the call, with what the method was given and what it returned."""
+    def after(self, heard: Heard) -> None:
+        """Just after the call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +119,7 @@ def _wrap(owner: object, method: str) -> _Wrapper:
         seen = [listener.before(self) for listener in told]
         output = original(*args, **kwargs)
         for listener, saw in zip(told, seen, strict=True):
-            listener.after(self, saw, args, kwargs, output)
+            listener.after(Heard(self, saw, args, kwargs, output))
         return output
 
     wrapper = _Wrapper(heard, listeners, shadowed)
@@ -244,56 +256,34 @@ class SchedulerTap:
             return index, bool(getattr(owner, "state_in_first_order", True))
         return None
 
-    def after(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> None:
+    def after(self, heard: Heard) -> None:
         """Keep the call, by the names of its parameters."""
-        if all(heard() is not owner for heard, _ in self._heard):
-            self._after_part(owner, seen, args, kwargs, output)
+        if all(scheduler() is not heard.owner for scheduler, _ in self._heard):
+            self._after_part(heard)
             return
         self._last = None
         with self._boundary.around("reading the scheduler's step"):
-            self._last = self._step_call(owner, seen, args, kwargs, output)
+            self._last = self._step_call(heard)
             self._steps += 1
-            self._counts[id(owner)] = self._counts.get(id(owner), 0) + 1
+            self._counts[id(heard.owner)] = self._counts.get(id(heard.owner), 0) + 1
         if self._on_step is not None:
             self._on_step()
 
-    def _after_part(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> None:
+    def _after_part(self, heard: Heard) -> None:
         with self._boundary.around("reading the scheduler's step"):
             calls = running_calls()
             number = None if calls is None or self.part is None else calls.inner.local(self.part)
             if isinstance(number, int):
-                call = self._step_call(owner, seen, args, kwargs, output)
-                self._parts.append((number, call))
+                self._parts.append((number, self._step_call(heard)))
 
-    def _step_call(
-        self,
-        owner: object,
-        seen: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        output: object,
-    ) -> StepCall:
-        index, is_first_order = seen if isinstance(seen, tuple) else (None, True)
+    def _step_call(self, heard: Heard) -> StepCall:
+        index, is_first_order = heard.seen if isinstance(heard.seen, tuple) else (None, True)
         if index is None:  # set by step() itself, which then counted one up
-            counted = getattr(owner, "step_index", None)
+            counted = getattr(heard.owner, "step_index", None)
             index = counted - 1 if isinstance(counted, int) else None
-        signature = _signature(getattr(type(owner), "step"))  # noqa: B009 - no type has one
-        bound = signature.bind(owner, *args, **kwargs).arguments
-        return StepCall(owner, _unshared(bound), index, is_first_order, output)
+        signature = _signature(getattr(type(heard.owner), "step"))  # noqa: B009 - no type has one
+        bound = signature.bind(heard.owner, *heard.args, **heard.kwargs).arguments
+        return StepCall(heard.owner, _unshared(bound), index, is_first_order, heard.output)
 
 
 @functools.cache

@@ -41,9 +41,9 @@ class Calls(list):
     def before(self, owner):
         return "seen before"
 
-    def after(self, owner, seen, args, kwargs, output):
-        assert seen == "seen before"
-        self.append(args)
+    def after(self, heard):
+        assert heard.seen == "seen before"
+        self.append(heard.args)
 
 
 def heard_by(owner, method="step"):
