@@ -140,12 +140,14 @@ class GrowingAnimation(ABC):
 class Gif(GrowingAnimation):
     """GIF89a; source: https://www.w3.org/Graphics/GIF/spec-gif89a.txt .
 
-    Each frame has 255 colours of its own. Where it differs too little from what is shown already to
-    be seen, it is transparent: most of a picture that is nearly done, which then does not flicker.
+    Each frame has 255 colours of its own. Where it is near enough to what is shown already, or to
+    what that was made of, it is transparent: most of a picture that is nearly done, which then does
+    not flicker.
     """
 
     trailer = b";"
-    _shown: Image.Image | None = None
+    _shown: Image.Image | None = None  # in the colours of its frames
+    _meant: Image.Image | None = None  # what it was made of
 
     def header(self, image: Image.Image, block: bytes) -> bytes:
         screen = struct.pack("<6sHH3B", b"GIF89a", *image.size, 0x70, 0, 0)
@@ -157,12 +159,15 @@ class Gif(GrowingAnimation):
     def block(self, image: Image.Image, duration_ms: int) -> bytes:
         picture = _in_colours(image)
         shown, flags = picture.convert("RGB"), GIF_KEEP
-        if self._shown is not None:
-            same = _unchanged(image, self._shown)
+        if self._shown is not None and self._meant is not None:
+            near = _within(image, self._shown, GIF_UNSEEN_LEVELS)
+            same = ImageChops.lighter(near, _within(image, self._meant, GIF_UNCHANGED_LEVELS))
             picture.paste(GIF_TRANSPARENT, mask=same)
             shown.paste(self._shown, mask=same)
+            image = image.copy()
+            image.paste(self._meant, mask=same)
             flags |= GIF_HAS_TRANSPARENT
-        self._shown = shown
+        self._shown, self._meant = shown, image
         control = struct.pack("<3sBHBB", b"!\xf9\x04", flags, duration_ms // 10, GIF_TRANSPARENT, 0)
         return control + _gif_picture(picture)
 
@@ -173,6 +178,7 @@ class Gif(GrowingAnimation):
 # Both were found by `benchmarks/animation.py`, as was the way colours are chosen: an octree takes a
 # hundredth of the time of Pillow's other ways, and is no worse.
 GIF_UNSEEN_LEVELS = 6
+GIF_UNCHANGED_LEVELS = 2
 GIF_NOISE_LEVELS = 6.0
 GIF_TRANSPARENT = 255
 GIF_KEEP, GIF_HAS_TRANSPARENT = 1 << 2, 1
@@ -196,11 +202,11 @@ def _is_noise(image: Image.Image) -> bool:
     return bool(rows.shape[1] > 1 and np.abs(np.diff(rows, axis=1)).mean() > GIF_NOISE_LEVELS)
 
 
-def _unchanged(image: Image.Image, shown: Image.Image) -> Image.Image:
-    """A mask of the pixels that nobody can tell from what is shown."""
-    red, green, blue = ImageChops.difference(image, shown).split()
+def _within(image: Image.Image, other: Image.Image, levels: int) -> Image.Image:
+    """A mask of the pixels that differ by no more than so many levels in any channel."""
+    red, green, blue = ImageChops.difference(image, other).split()
     most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    return most.point([255 if level <= GIF_UNSEEN_LEVELS else 0 for level in range(256)])
+    return most.point([255 if level <= levels else 0 for level in range(256)])
 
 
 def _gif_picture(image: Image.Image) -> bytes:

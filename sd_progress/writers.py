@@ -195,10 +195,10 @@ class AnimationWriter:
 
     A GIF, WebP or APNG is complete and playable on disk after every frame, also when the process
     is killed; an MP4 appears when the run is closed, and of a killed process only its hidden
-    `.sd-progress-*.tmp` stays. Frames are encoded as they come and none is
-    kept, so memory does not grow with the run. Each frame of a GIF has its own dithered palette
-    of 256 colours; WebP is lossy at quality 90. A name that is taken is left alone: the run goes
-    to `denoise-2.gif`, `denoise-3.gif` and so on.
+    `.sd-progress-*.tmp` stays. Frames are encoded as they come and at most one is kept, so memory
+    does not grow with the run. Each frame of a GIF has 255 colours of its own, dithered unless it
+    is noise, and keeps what changes too little to be seen; WebP is lossy at quality 90. A name that
+    is taken is left alone: the run goes to `denoise-2.gif`, `denoise-3.gif` and so on.
 
     The first frame, enlarged, is the canvas; later frames of another size are fitted into it.
 

@@ -329,6 +329,42 @@ def test_an_animation_shows_what_was_written(tmp_path, suffix, error):
         assert np.abs(found - pixels.astype(np.uint8)).max() <= error
 
 
+def gif_of(tmp_path, *shown):
+    """A GIF of these pictures, and its size after each."""
+    writer = AnimationWriter(tmp_path / "run.gif", min_side_px=None)
+    sizes = []
+    for i, pixels in enumerate(shown):
+        writer.write(Frame(pixels[None], i, len(shown), None, None, "noisy", "", 0.0, None))
+        sizes.append(writer.path.stat().st_size)
+    writer.close()
+    return writer.path, sizes
+
+
+def smooth(height=96, width=128):
+    """A gradient in all three channels."""
+    across = np.linspace([20, 60, 200], [220, 160, 40], width)[None].repeat(height, 0)
+    return (across + np.linspace(0, 30, height)[:, None, None]).astype(np.uint8)
+
+
+def test_what_does_not_change_in_a_gif_does_not_flicker(tmp_path):
+    """A change that nobody sees is not written: the same pixels stay, for next to no bytes."""
+    first = smooth()
+    path, sizes = gif_of(tmp_path, first, first + 2, first + 60)
+    shown = [pixels for pixels, _ in pillow_frames(path)]
+    np.testing.assert_array_equal(shown[0], shown[1])
+    assert np.abs(shown[2] - (first + 60)).mean() < 4
+    assert sizes[1] - sizes[0] < (sizes[2] - sizes[1]) / 3
+
+
+def test_a_gif_of_a_smooth_picture_has_no_bands(tmp_path):
+    """Dithered: on average over a few pixels it is nearer than any of its colours."""
+    picture = smooth()
+    path, _ = gif_of(tmp_path, picture)
+    ((shown, _),) = pillow_frames(path)
+    blocks = (shown - picture.astype(int)).reshape(24, 4, 32, 4, 3).mean(axis=(1, 3))
+    assert np.abs(blocks).mean() < 0.5 * np.abs(shown - picture.astype(int)).mean()
+
+
 @pytest.mark.parametrize("suffix", GROWING)
 def test_the_last_frame_is_held(tmp_path, suffix):
     """Every frame has its duration, and the last one of a complete run a longer one."""
