@@ -298,17 +298,10 @@ ROWS = (
         _names(
             "StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3ControlNet "
             "StableDiffusion3ControlNetInpainting StableDiffusion3PAG StableDiffusion3PAGImg2Img "
-            "StableDiffusion3Modular HiDreamImage Lumina2 DreamLite DreamLiteMobile PRX"
+            "StableDiffusion3Modular HiDreamImage Lumina2 DreamLite DreamLiteMobile PRX ZImage "
+            "ZImageImg2Img ZImageInpaint ZImageControlNet ZImageControlNetInpaint ZImageOmni "
+            "ZImageModular"
         ),
-    ),
-    Row(
-        "shifted_frame",
-        (op.shifted,),
-        _names(
-            "ZImage ZImageImg2Img ZImageInpaint ZImageControlNet ZImageControlNetInpaint "
-            "ZImageOmni ZImageModular"
-        ),
-        stepped=op.frame_axis_added,
     ),
     Row(
         "standardised_or_scaled",

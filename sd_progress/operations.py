@@ -699,9 +699,3 @@ def without_extra_batch(stepped: Tensor, reading: Reading) -> Tensor:
 def tokens_in_place(stepped: Tensor, reading: Reading) -> Tensor:
     """(B, F * h * w, C) -> (B, C, F, h, w) (SANA's world model)."""
     return stepped.transpose(1, 2).reshape(_context(reading).shape)
-
-
-@operation()
-def frame_axis_added(stepped: Tensor, reading: Reading) -> Tensor:
-    """A tensor that lacks the callback's axes of length one (Z-Image)."""
-    return stepped.reshape(_context(reading).shape)
