@@ -214,9 +214,10 @@ class PreviewCallback:
         """
         boundary = self._parts.boundary
         self._silent_steps = 0
-        calls = running_calls()
-        is_chained = not is_called_by(calls)
+        calls, is_chained = None, False
         with boundary.around("the preview of a step"), torch.no_grad():
+            calls = running_calls()
+            is_chained = not is_called_by(calls)
             *pipe, step_index, timestep, latents = given
             self._step(calls, pipe, step_index, timestep, _latents(latents))
         boundary.raise_kept()
@@ -268,7 +269,8 @@ class PreviewCallback:
         rank, or the others wait for ever.
         """
         is_one_coming = self._is_entered and self._runs_begun == self._runs_at_entry
-        self._is_cancelled = self._run is not None or is_one_coming
+        # other ranks do not preview, and so do not know of their runs
+        self._is_cancelled = self._run is not None or is_one_coming or not _is_first_rank()
 
     def close(self) -> None:
         """End the run, if there is one, and leave the pipeline as it was found.
@@ -329,24 +331,27 @@ class PreviewCallback:
 
     def _on_scheduler_step(self) -> None:
         """A scheduler has stepped: in a `with` block, all that some pipelines show of a step."""
-        call = self._parts.tap.last
-        if not self._is_entered or call is None or not _is_first_rank():
+        call, calls = self._parts.tap.last, None
+        if not self._is_entered or call is None:
             return
-        calls = running_calls()
         with self._parts.boundary.around("the preview of a step"), torch.no_grad():
+            calls = running_calls()
             if self._will_be_called(calls):
                 return
-            pipe = self._pipe() if calls is None else calls.inner.pipe
-            layout, latents = self._layout_of(pipe), call.prev_sample
-            if layout is not None and self._parts.tap.count % layout.row.steps:
-                return
-            if layout is not None and latents is not None and pipe is not None:
-                context = None if calls is None else calls.inner.local("latents")
-                whole = context if isinstance(context, Tensor) else latents
-                index = self._parts.tap.count
-                self._take(layout, calls, pipe, index, call.timestep, latents, whole)
+            if _is_first_rank():
+                self._take_stepped(calls, call)
         self._parts.boundary.raise_kept()
         self._end_if_cancelled(calls)
+
+    def _take_stepped(self, calls: Calls | None, call: StepCall) -> None:
+        """Take what a scheduler returned."""
+        pipe = self._pipe() if calls is None else calls.inner.pipe
+        layout, latents, count = self._layout_of(pipe), call.prev_sample, self._parts.tap.count
+        if layout is None or latents is None or pipe is None or count % layout.row.steps:
+            return
+        context = None if calls is None else calls.inner.local("latents")
+        whole = context if isinstance(context, Tensor) else latents
+        self._take(layout, calls, pipe, count, call.timestep, latents, whole)
 
     def _will_be_called(self, calls: Calls | None) -> bool:
         """Whether the running pipeline was given this callback, and so calls it itself."""
@@ -442,6 +447,7 @@ class PreviewCallback:
         self._finish()
         if calls is not None and hasattr(calls.outer.pipe, _END):
             calls.outer.pipe.maybe_free_model_hooks()
+        self._is_cancelled = False
         raise RunCancelled(self)
 
     def _on_loop_begins(self) -> None:
@@ -457,8 +463,9 @@ class PreviewCallback:
     def _on_call_ended(self, pipe: Pipeline) -> None:
         run, calls = self._run, running_calls()
         if run is None or calls is None or run.call is not calls.outer.frame:
-            if run is None:
-                self._parts.tap.forget()  # that call was not ours: keep nothing of it
+            if run is None:  # that call was not ours: keep nothing of it
+                self._parts.tap.forget()
+                self._is_cancelled = False
             return
         with self._parts.boundary.around("the last frame"), torch.no_grad():
             run.submit_skipped()

@@ -68,7 +68,7 @@ class Step:
         call: of the scheduler; None where it was not heard.
         parts: the same for single frames of a video, with their numbers, where each is stepped by
             itself; None everywhere else.
-        is_first: whether `call` was the run's first.
+        is_first: whether `call` was its scheduler's first in the run.
         at_s: when it was seen.
     """
 

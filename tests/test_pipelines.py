@@ -582,14 +582,27 @@ call = tiny.sd_call(pipe, height=16, width=24)
 with PreviewCallback(pipe, frames.append, {folder!r}) as preview:
     pipe(**call, callback_on_step_end=preview)
     pipe(**call)
-print(len(frames), end="")
+shown, steps = len(frames), []
+pipe.unet.register_forward_hook(lambda *given: steps.append(given))
+callback = PreviewCallback(pipe, frames.append)
+def after_two(*given):
+    if given[1] == 1:
+        callback.cancel()
+    return callback(*given)
+pipe(**call, callback_on_step_end=after_two)
+cancelled, steps = len(steps), steps.clear() or steps
+pipe(**call, callback_on_step_end=callback)
+print(shown, cancelled, len(steps), end="")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
 
 def test_only_the_first_rank_previews(tmp_path):
-    """Two real processes run the pipeline; one of them makes frames and files, no one waits."""
+    """Two real processes run the pipeline; one of them makes frames and files, no one waits.
+
+    Cancelled on both, both end at the same step, and run as ever afterwards.
+    """
     script = RANKS.format(
         tests=str(zoo.__path__[0]) + "/..",
         store=str(tmp_path / "store"),
@@ -606,5 +619,5 @@ def test_only_the_first_rank_previews(tmp_path):
     ]
     results = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], results
-    assert [out for out, _ in results] == ["8", "0"]
+    assert [out for out, _ in results] == ["8 2 4", "0 2 4"]
     assert sorted(path.name for path in tmp_path.glob("steps*")) == ["steps", "steps-2"]
