@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
 from ._files import publish, temporary_path, write_temporary
@@ -140,14 +140,18 @@ class GrowingAnimation(ABC):
 class Gif(GrowingAnimation):
     """GIF89a; source: https://www.w3.org/Graphics/GIF/spec-gif89a.txt .
 
-    Each frame has 255 colours of its own. Where it is near enough to what is shown already, or to
-    what that was made of, it is transparent: most of a picture that is nearly done, which then does
-    not flicker.
+    Each frame has 255 colours, its own or those of the frame before it if they fit. Where it is
+    near enough to what is shown already, or to what that was made of, it is transparent: most of a
+    picture that is nearly done, which then does not flicker.
     """
 
     trailer = b";"
     _shown: Image.Image | None = None  # in the colours of its frames
     _meant: Image.Image | None = None  # what it was made of
+
+    def __init__(self, wanted: Path, timing: Timing) -> None:
+        super().__init__(wanted, timing)
+        self._colours = _Colours()
 
     def header(self, image: Image.Image, block: bytes) -> bytes:
         screen = struct.pack("<6sHH3B", b"GIF89a", *image.size, 0x70, 0, 0)
@@ -157,7 +161,7 @@ class Gif(GrowingAnimation):
         return screen + struct.pack("<3s11sBBHB", b"!\xff\x0b", b"NETSCAPE2.0", 3, 1, repeats, 0)
 
     def block(self, image: Image.Image, duration_ms: int) -> bytes:
-        picture = _in_colours(image)
+        picture = self._colours.of(image)
         shown, flags = picture.convert("RGB"), GIF_KEEP
         if self._shown is not None and self._meant is not None:
             near = _within(image, self._shown, GIF_UNSEEN_LEVELS)
@@ -180,20 +184,39 @@ class Gif(GrowingAnimation):
 GIF_UNSEEN_LEVELS = 6
 GIF_UNCHANGED_LEVELS = 2
 GIF_NOISE_LEVELS = 6.0
+GIF_WORSE_COLOURS = 1.05
 GIF_TRANSPARENT = 255
 GIF_KEEP, GIF_HAS_TRANSPARENT = 1 << 2, 1
 
 
-def _in_colours(image: Image.Image) -> Image.Image:
-    """`image` in 255 colours of its own; dithered, unless it is noise, which has no bands to hide.
+class _Colours:
+    """255 colours for one picture after the other, chosen anew when they do not fit any more.
 
-    The colours come from a sample of the pixels.
+    They come from a sample of the pixels. Pillow remembers which colour is nearest to what, for as
+    long as a palette is used: with a new one for each frame, finding that out anew is most of what
+    a GIF costs.
     """
-    sample = image.copy()
-    sample.thumbnail((64, 64), Image.Resampling.NEAREST)
-    colours = sample.quantize(255, Image.Quantize.FASTOCTREE)
-    dither = Image.Dither.NONE if _is_noise(image) else Image.Dither.FLOYDSTEINBERG
-    return image.quantize(palette=colours, dither=dither)
+
+    def __init__(self) -> None:
+        self._palette: Image.Image | None = None
+        self._error = 0.0  # of the sample that they were made of
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """`image` in 255 colours; dithered, unless it is noise, which has no bands to hide."""
+        sample = image.copy()
+        sample.thumbnail((64, 64), Image.Resampling.NEAREST)
+        palette = self._palette
+        if palette is None or _error(sample, palette) > GIF_WORSE_COLOURS * self._error:
+            palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
+            self._palette, self._error = palette, _error(sample, palette)
+        dither = Image.Dither.NONE if _is_noise(image) else Image.Dither.FLOYDSTEINBERG
+        return image.quantize(palette=palette, dither=dither)
+
+
+def _error(image: Image.Image, palette: Image.Image) -> float:
+    """Mean difference, in levels, when shown without dither."""
+    shown = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
+    return sum(ImageStat.Stat(ImageChops.difference(image, shown)).mean)
 
 
 def _is_noise(image: Image.Image) -> bool:

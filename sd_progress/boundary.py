@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Literal
 
 OnError = Literal["warn", "raise"]
@@ -34,13 +34,9 @@ class Boundary:
         self._told.clear()
         self._kept = None
 
-    @contextlib.contextmanager
-    def around(self, part: str) -> Iterator[None]:
+    def around(self, part: str) -> AbstractContextManager[None]:
         """Keep a failure of the block from whoever called it; Ctrl-C passes."""
-        try:
-            yield
-        except Exception as error:
-            self.report(part, error)
+        return _Around(self, part)
 
     def report(self, part: str, error: BaseException) -> None:
         """Tell that `part` failed, if it is the first time."""
@@ -70,6 +66,30 @@ class Boundary:
                 raise error
         finally:
             del error  # else it would hold this frame, and this frame the run's
+
+
+class _Around(AbstractContextManager[None]):
+    """A class, because a generator would take several times as long in each step."""
+
+    __slots__ = ("_boundary", "_part")
+
+    def __init__(self, boundary: Boundary, part: str) -> None:
+        self._boundary = boundary
+        self._part = part
+
+    def __enter__(self) -> None:
+        """Nothing has failed yet."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, Exception):
+            self._boundary.report(self._part, error)
+            return True
+        return False
 
 
 def warn(message: str) -> None:

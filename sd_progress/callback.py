@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .boundary import Boundary, OnError, warn
+from .cost import Stats, Stopwatch
 from .decoders import Decoder, decoder_maker, finished_images, vae_decoder
 from .factors import Factors
 from .layouts import Layout, layout_for, reason_not_shown, vae_of
@@ -90,6 +92,10 @@ class PreviewCallback:
         final: also show the pipeline's own finished picture or clip, as a frame after the last
             step, of pipelines that say when they are done (most do); twice side by side with
             `source="both"`.
+        budget: the share of the run that its previews may cost, for example 0.02; None is without
+            limit. What they cost is measured as the run goes; where it is too much, steps are
+            skipped, and full VAE decodes wait until they can be afforded. The first and the last
+            preview are always made.
         clock: seconds, monotonic.
 
     Raises:
@@ -114,7 +120,8 @@ class PreviewCallback:
         min_interval_s: float = 0.0,
         initial: bool = False,
         final: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        budget: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check_pipeline(pipe)
         _check_count("every", every, "1 previews every step")
@@ -124,18 +131,19 @@ class PreviewCallback:
         _check_choice("batch", batch, Batch)
         _check_choice("on_error", on_error, OnError)
         _check_interval(min_interval_s)
+        _check_budget(budget)
         if not targets:
             raise ValueError(
                 "targets must be at least one, got none; "
                 "pass a folder, a file, a queue, a callable or a writer"
             )
         self._options = Options(
-            every, vae_every, min_interval_s, source, batch, initial, final, keep_latents
+            every, vae_every, min_interval_s, source, batch, initial, final, keep_latents, budget
         )
         vae, layout = vae_of(pipe), layout_for(pipe)
         if layout is None:
             warn(_why_nothing_is_shown(pipe))
-        boundary = Boundary(on_error)
+        boundary, self._watch = Boundary(on_error), Stopwatch(clock)
         self._parts = Parts(
             options=self._options,
             make_decoder=decoder_maker(
@@ -144,8 +152,9 @@ class PreviewCallback:
             vae_decoder=None if vae_every is None else vae_decoder(vae),
             writers=tuple(map(writer_for, targets)),
             boundary=boundary,
-            tap=SchedulerTap(clock, boundary, _weakly(self._on_scheduler_step)),
+            tap=SchedulerTap(clock, boundary, self._watch, _weakly(self._on_scheduler_step)),
             clock=clock,
+            watch=self._watch,
         )
         self._pipe = weakref.ref(pipe)
         self._layouts = weakref.WeakKeyDictionary[object, Layout | None]()
@@ -153,6 +162,8 @@ class PreviewCallback:
         self._is_entered = self._is_cancelled = False
         self._silent_steps = 0
         self._run: Run | None = None
+        self._calls: Calls | None = None
+        self._last: Run | None = None
         self._unfinished: Run | None = None
         self._runs_begun = self._runs_at_entry = 0
         self._ears: _Ears | None = None
@@ -173,6 +184,11 @@ class PreviewCallback:
                 self._listen(pipe)
                 self._parts.tap.forget()
         return ["latents"]
+
+    @property
+    def stats(self) -> Stats:
+        """What the previews of the current run, or of the last one, came to so far."""
+        return Stats() if self._last is None else self._last.stats
 
     # diffusers asks `isinstance(callback, PipelineCallback)` before it reads `tensor_inputs`.
     # To be one by `__class__` needs no base class, and so no import of diffusers.
@@ -215,8 +231,8 @@ class PreviewCallback:
         boundary = self._parts.boundary
         self._silent_steps = 0
         calls, is_chained = None, False
-        with boundary.around("the preview of a step"), torch.no_grad():
-            calls = running_calls()
+        with boundary.around("the preview of a step"), self._watch, torch.no_grad():
+            calls = self._calls = running_calls(self._calls)
             is_chained = not is_called_by(calls)
             *pipe, step_index, timestep, latents = given
             self._step(calls, pipe, step_index, timestep, _latents(latents))
@@ -321,7 +337,7 @@ class PreviewCallback:
         """Take a callback; older pipelines have not given themselves."""
         pipe = next(iter(given), self._pipe()) if calls is None else calls.inner.pipe
         layout = self._layout_of(pipe)
-        if layout is None or not _is_first_rank():
+        if layout is None or (self._run is None and not _is_first_rank()):
             return
         if layout.row.latents is not None and calls is not None:
             latents = cast(Tensor, calls.inner.local(layout.row.latents))
@@ -334,13 +350,14 @@ class PreviewCallback:
         call, calls = self._parts.tap.last, None
         if not self._is_entered or call is None:
             return
-        with self._parts.boundary.around("the preview of a step"), torch.no_grad():
-            calls = running_calls()
+        boundary = self._parts.boundary
+        with boundary.around("the preview of a step"), self._watch, torch.no_grad():
+            calls = self._calls = running_calls(self._calls)
             if self._will_be_called(calls):
                 return
-            if _is_first_rank():
+            if self._run is not None or _is_first_rank():
                 self._take_stepped(calls, call)
-        self._parts.boundary.raise_kept()
+        boundary.raise_kept()
         self._end_if_cancelled(calls)
 
     def _take_stepped(self, calls: Calls | None, call: StepCall) -> None:
@@ -391,7 +408,8 @@ class PreviewCallback:
         run = self._current_run(calls, pipe)
         frame = None if calls is None else calls.inner.frame
         scheduler_call, is_first = self._parts.tap.take()
-        expected = _num_callbacks(None if calls is None else calls.inner, pipe, scheduler_call)
+        inner = None if calls is None else calls.inner
+        expected = functools.partial(_num_callbacks, inner, pipe, scheduler_call)
         run.begin_step(frame, index if isinstance(index, int) else 0, expected)
         step = Step(
             layout=layout,
@@ -411,13 +429,13 @@ class PreviewCallback:
 
     def _current_run(self, calls: Calls | None, pipe: Pipeline) -> Run:
         run, call = self._run, None if calls is None else calls.outer.frame
-        if run is not None and not run.is_over and run.call is call:
+        if run is not None and run.takes_steps and run.call is call:
             return run
         if run is not None:
             self._leave(run)
             self._parts.tap.forget_earlier()
         outer = pipe if calls is None else calls.outer.pipe
-        self._run = run = self._begin(outer, pipe, call)
+        self._run = self._last = run = self._begin(outer, pipe, call)
         return run
 
     def _begin(self, outer: Pipeline, inner: Pipeline, call: FrameType | None) -> Run:
@@ -484,6 +502,7 @@ class PreviewCallback:
             self._is_cancelled = False
 
     def _leave(self, run: Run) -> None:
+        self._calls = None
         self._unfinished = run  # also where Ctrl-C ends the waiting: the next run's files wait
         self._run = None
         run.finish()
@@ -678,6 +697,15 @@ def _check_choice(name: str, value: object, choices: object) -> None:
     if value not in expected:
         shown = ", ".join(map(repr, expected))
         raise ValueError(f"{name} must be one of {shown}, got {value!r}; pass one of them")
+
+
+def _check_budget(value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value <= 1):  # type: ignore[operator]
+        raise ValueError(
+            f"budget must be a share of the run, above 0 and up to 1, or None, got {value!r}; "
+            "0.02 is two percent, None is without limit"
+        )
 
 
 def _check_interval(value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from dataclasses import dataclass
@@ -173,7 +174,9 @@ def _tiled(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return grid.reshape(rows * height, columns * width, channels)
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
+    """Looked up once: each time, three files are parsed, in Python."""
     found = {}
     for package in ("sd-progress", "diffusers", "torch"):
         try:

@@ -98,7 +98,7 @@ class Row:
         is_of_tokens = op.codebook_entries in (*self.operations, self.drawn)
         return self.shows == "audio" or self.space == "pixels" or is_of_tokens
 
-    @property
+    @functools.cached_property
     def reads(self) -> tuple[str, ...]:
         """The names of what the operations read of a run, each once."""
         extra = (self.stepped, self.picked, self.drawn)

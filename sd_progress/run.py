@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
+from itertools import islice
 from types import FrameType
 from typing import Literal
 
@@ -13,17 +14,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .boundary import Boundary
+from .cost import Budget, Stats, Stopwatch
 from .decoders import Decoder, PixelDecoder, VaeDecoder
-from .engine import PATIENCE_S, Snapshot, Worker
+from .engine import (
+    PATIENCE_S,
+    EveryBox,
+    Inbox,
+    NewestBox,
+    Room,
+    Snapshot,
+    Storage,
+    Stored,
+    Worker,
+    finished,
+)
 from .frame import INITIAL_STEP_INDEX, Frame, Source
 from .layouts import Layout, LayoutError, Shown, Shows
 from .tap import SchedulerTap, is_running
 from .writers import Writer
-from .x0 import StepCall, initial_noise_scale, noise_scale, predict_x0, sigma_after
+from .x0 import (
+    READ_TENSORS,
+    StepCall,
+    has_x0,
+    initial_noise_scale,
+    noise_scale,
+    predict_x0,
+    sigma_after,
+)
 
 PreviewSource = Literal["denoised", "noisy", "both"]
 Batch = Literal["grid", "first"]
-MAX_WAITING_BYTES = 256 << 20
+MAX_WAITING_BYTES = 256 << 20  # half for latents, half for pictures; more waits on disk
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class Options:
     initial: bool = False
     final: bool = False
     keep_latents: bool = False
+    budget: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +73,7 @@ class Parts:
     boundary: Boundary
     tap: SchedulerTap
     clock: Callable[[], float]
+    watch: Stopwatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +107,111 @@ class Step:
     at_s: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """What the step path took along of a frame that the worker is to make."""
+class _Parcel:
+    """A frame that waits for a target; one for all targets that want it."""
 
+    def __init__(self, frame: Frame) -> None:
+        self._frame: Frame | None = frame
+        self._rest = frame
+        self._images: Stored | None = None
+        self._latents: Snapshot | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the pictures and latents take."""
+        frame = self._frame
+        if frame is None:
+            return 0
+        return frame.images.nbytes + (0 if frame.latents is None else frame.latents.nbytes)
+
+    def store(self, storage: Storage) -> None:
+        """Put them on disk."""
+        frame = self._frame
+        if frame is None:
+            return
+        if frame.latents is not None:
+            self._latents = Snapshot(frame.latents, is_private=True)
+            self._latents.store(storage)
+        self._images = storage.put(frame.images)
+        self._rest = replace(frame, images=frame.images[:0].copy(), latents=None)
+        self._frame = None  # last, because a target's thread may be looking
+
+    def frame(self) -> Frame:
+        """The frame, whole."""
+        frame = self._frame
+        if frame is not None:
+            return frame
+        assert self._images is not None
+        latents = None if self._latents is None else self._latents.wait()
+        return replace(self._rest, images=self._images.load(), latents=latents)
+
+
+class _Prediction:
+    """x0 that the worker is to compute.
+
+    On an accelerator that is less for the run: a few copies of half-precision tensors instead of
+    as many bytes in float32 and a handful of kernels besides.
+    """
+
+    def __init__(self, call: StepCall, kept: tuple[Snapshot, Snapshot] | None) -> None:
+        given = {name: call.arguments[name] for name in READ_TENSORS if name in call.arguments}
+        self.shape = call.sample.shape
+        self._call = replace(call, scheduler=_as_it_is(call.scheduler), arguments={}, output=None)
+        self._given = {
+            name: Snapshot(value) if isinstance(value, Tensor) else value
+            for name, value in given.items()
+        }
+        self._kept = kept
+
+    @property
+    def _copies(self) -> list[Snapshot]:
+        return [value for value in self._given.values() if isinstance(value, Snapshot)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the copies take."""
+        return sum(copy.size_bytes for copy in self._copies)
+
+    def store(self, storage: Storage) -> None:
+        """Put them on disk."""
+        for copy in self._copies:
+            copy.store(storage)
+
+    def sample(self) -> Tensor:
+        """The latents before the step."""
+        sample = self._given["sample"]
+        assert isinstance(sample, Snapshot)
+        return sample.wait()
+
+    def wait(self) -> Tensor:
+        """x0, on the CPU."""
+        arguments = {
+            name: value.wait() if isinstance(value, Snapshot) else value
+            for name, value in self._given.items()
+        }
+        x0 = predict_x0(replace(self._call, arguments=arguments))
+        assert x0 is not None
+        kept = None if self._kept is None else (self._kept[0].wait(), self._kept[1].wait())
+        return _with_kept(x0, kept)
+
+
+def _as_it_is(scheduler: object) -> object:
+    """A scheduler with the tables that it has now; another run may set others."""
+    same = object.__new__(type(scheduler))
+    vars(same).update(vars(scheduler))
+    return same
+
+
+@dataclass(eq=False)
+class _Job:
+    """What the step path took along of a frame that the worker is to make.
+
+    Attributes:
+        number: counts the jobs of a run.
+        parcel: the frame, where it was made before its turn.
+    """
+
+    number: int
     step_index: int
     source: Source
     elapsed_s: float
@@ -96,20 +220,97 @@ class _Job:
     sigma: float | None = None
     layout: Layout | None = None
     values: Mapping[str, object] = field(default_factory=dict)
+    values_bytes: int = 0
     noisy: Snapshot | None = None
-    denoised: Snapshot | None = None
+    denoised: Snapshot | _Prediction | None = None
     context: Snapshot | None = None
     noise_scale: float = 1.0
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[np.uint8] | Stored | None = None
     decoder: str = ""
-    values_bytes: int = 0
+    parcel: _Parcel | None = None
+
+    @property
+    def _parts(self) -> list[Snapshot | _Prediction | _Parcel]:
+        parts = (self.noisy, self.denoised, self.context, self.parcel)
+        return [part for part in parts if part is not None]
 
     @property
     def size_bytes(self) -> int:
-        """What it holds on to while it waits, and no earlier job does."""
-        held = [x for x in (self.noisy, self.denoised, self.context) if x is not None]
-        images = 0 if self.images is None else self.images.nbytes
-        return sum(x.size_bytes for x in held) + images + self.values_bytes
+        """Memory that it takes while it waits, and no earlier job does."""
+        images = self.images.nbytes if isinstance(self.images, np.ndarray) else 0
+        return sum(part.size_bytes for part in self._parts) + images + self.values_bytes
+
+    def store(self, storage: Storage) -> None:
+        """Put its tensors and pictures on disk."""
+        for part in self._parts:
+            part.store(storage)
+        if isinstance(self.images, np.ndarray):
+            self.images = storage.put(self.images)
+
+
+class _Outlet:
+    """One target: its writer, what waits for it, and the thread that writes.
+
+    Attributes:
+        newest: how many of the newest frames are of use to it; None is every frame.
+        left_out: how many frames it did not get because there was no room for them.
+    """
+
+    def __init__(
+        self, number: int, writer: Writer, run: Run, room: Room, after: _Outlet | None
+    ) -> None:
+        self.newest: int | None = getattr(writer, "newest", None)
+        self.left_out = 0
+        self._part = f"preview target {number}, {type(writer).__name__},"
+        self._writer = writer
+        self._boundary = run.parts.boundary
+        self._has_failed = False
+        every = EveryBox[_Parcel](room, run.storage)
+        self._box = every if self.newest is None else NewestBox[_Parcel](self.newest)
+        self.worker: Worker[_Parcel] = Worker(
+            self._box,
+            self._write,
+            on_end=self._close,
+            after=None if after is None else after.worker,
+        )
+
+    @property
+    def dropped(self) -> int:
+        """How many frames gave way to newer ones on their way here."""
+        return self._box.dropped if isinstance(self._box, NewestBox) else 0
+
+    def put(self, parcel: _Parcel) -> None:
+        """Hand over a frame; returns at once."""
+        if not self._has_failed and not self._box.put(parcel):
+            self.left_out += 1
+            _tell_of_no_room(self._boundary)
+
+    def end(self) -> None:
+        """No frame will come any more."""
+        self._box.end()
+
+    def _write(self, parcel: _Parcel) -> None:
+        if self._has_failed:
+            return
+        try:
+            self._writer.write(parcel.frame())
+        except BaseException as error:  # Ctrl-C goes to the main thread
+            self._has_failed = True
+            self._boundary.report(self._part, error)
+
+    def _close(self) -> None:
+        try:
+            self._writer.close()
+        except BaseException as error:
+            self._boundary.report(self._part, error)
+
+
+def _tell_of_no_room(boundary: Boundary) -> None:
+    boundary.tell(
+        "waiting",
+        f"previews waiting to be written must be at most {MAX_WAITING_BYTES >> 20} MiB in memory, "
+        "and find room on the disk beyond, got more; frames are left out",
+    )
 
 
 @dataclass(eq=False)
@@ -136,7 +337,8 @@ class Run:
 
     def __post_init__(self, previous: Run | None) -> None:
         self._decoder = self.parts.make_decoder()
-        self.num_steps = self._steps = self._frames = 0
+        self._budget = Budget(self.parts.options.budget)
+        self.num_steps = self._steps = self._frames = self._jobs = 0
         self._stage: FrameType | None = None
         self._stage_began = self._stage_index = 0
         self._copies: dict[str, tuple[Tensor, int | None, Snapshot]] = {}
@@ -146,10 +348,23 @@ class Run:
         self._last_frame_s = float("-inf")
         self._skipped: Step | None = None
         self._vae_failed = False
-        self._failed_writers: set[int] = set()
-        self._submitted_bytes = self._handled_bytes = 0
+        self._vae_decodes = self._skipped_frames = self._left_out = self._made = self._passed = 0
+        self._vae_s = self._drain_s = 0.0
+        self._watched_s = self.parts.watch.total_s
         self._thread_id = threading.get_ident()
+        self.storage = Storage()
+        self._rooms = Room(MAX_WAITING_BYTES // 2), Room(MAX_WAITING_BYTES // 2)
+        earlier = [None] * len(self.parts.writers) if previous is None else previous._outlets
+        self._outlets: list[_Outlet] = [
+            _Outlet(number, writer, self, self._rooms[1], after)
+            for number, (writer, after) in enumerate(
+                zip(self.parts.writers, earlier, strict=True), 1
+            )
+        ]
+        self._newest_shown = -1
+        self._inbox = Inbox[_Job](self._rooms[0], self.storage)
         self._worker: Worker[_Job] = Worker(
+            self._inbox,
             self._handle,
             is_abandoned=self._is_abandoned,
             on_end=self._end,
@@ -158,23 +373,56 @@ class Run:
         self.parts.boundary.begin_run()
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether it was neither finished nor found to be abandoned."""
+        return self._worker.is_alive
+
+    @property
     def is_over(self) -> bool:
         """Whether its frames are written and its files closed."""
-        return not self._worker.is_alive
+        return not any(worker.is_alive for worker in self._workers)
 
     @property
     def is_current_thread(self) -> bool:
-        """Whether it is the run's own worker that asks, and so one of the targets."""
-        return self._worker.is_current_thread
+        """Whether it is one of the run's own threads that asks, and so one of the targets."""
+        return any(worker.is_current_thread for worker in self._workers)
+
+    @property
+    def _workers(self) -> list[Worker[_Job] | Worker[_Parcel]]:
+        return [self._worker, *(outlet.worker for outlet in self._outlets)]
 
     @property
     def is_complete(self) -> bool:
         """Whether as many callbacks have come as were expected."""
         return self._steps >= self.num_steps
 
+    @property
+    def stats(self) -> Stats:
+        """What it came to so far."""
+        return Stats(
+            steps=self._steps,
+            frames=self._made,
+            skipped=self._skipped_frames,
+            dropped=self._passed + sum(outlet.dropped for outlet in self._outlets),
+            left_out=self._left_out + sum(outlet.left_out for outlet in self._outlets),
+            step_path_s=self._step_path_s,
+            drain_s=self._drain_s,
+            worker_s=self._worker_s,
+            peak_backlog_bytes=sum(room.peak_bytes for room in self._rooms),
+            spilled_bytes=self.storage.stored_bytes,
+        )
+
+    @property
+    def _step_path_s(self) -> float:
+        return self.parts.watch.total_s - self._watched_s
+
+    @property
+    def _worker_s(self) -> float:
+        return sum(worker.busy_s for worker in self._workers)
+
     # The caller's thread ------------------------------------------------------------------
 
-    def begin_step(self, stage: FrameType | None, index: int, expected: int) -> None:
+    def begin_step(self, stage: FrameType | None, index: int, expected: Callable[[], int]) -> None:
         """Count a step in, and the steps that are to come.
 
         Combined pipelines run in stages, one inner pipeline after the other, and some pipelines
@@ -183,11 +431,11 @@ class Run:
         Args:
             stage: frame of the innermost pipeline's `__call__`.
             index: the pipeline's own count of its steps.
-            expected: how many steps that pipeline makes.
+            expected: says how many steps that pipeline makes; asked when it begins.
         """
         if self._steps == 0 or stage is not self._stage:
             self._stage, self._stage_began = stage, self._steps
-            self.num_steps = self._steps + expected
+            self.num_steps = self._steps + expected()
         elif index < self._stage_index:
             as_before = self._steps - self._stage_began
             self.num_steps = max(self.num_steps, self._steps + as_before)
@@ -203,7 +451,7 @@ class Run:
             self._first_step_s = step.at_s
             if self.parts.options.initial and step.is_first:
                 self._submit_initial(step)
-        if is_last or self.is_complete or self._is_due(step.at_s):
+        if is_last or self.is_complete or (self._is_due(step.at_s) and self._affords(step.at_s)):
             self._submit_step(step)
         else:
             self._skipped = step
@@ -221,13 +469,15 @@ class Run:
             images = np.concatenate([images, images], axis=-2)
         self._submit(
             _Job(
+                self._jobs,
                 step_index=self.num_steps - 1,
                 source="final",
                 elapsed_s=self.parts.clock() - self.started_s,
                 eta_s=0.0,
                 images=images,
                 decoder="pipeline",
-            )
+            ),
+            is_wanted=True,
         )
 
     def submit_skipped(self) -> None:
@@ -238,24 +488,23 @@ class Run:
     def finish(self) -> None:
         """Leave the pipeline as it was found, wait for the frames, close the files."""
         self._release()
-        if not self._worker.finish():
+        began_s = self.parts.clock()
+        self._inbox.end()
+        has_finished = finished(self._workers)
+        self._drain_s = self.parts.clock() - began_s
+        self.parts.watch.leave_out(self._drain_s)
+        if not has_finished:
             self.parts.boundary.tell(
                 "patience",
                 f"preview targets must take frames, got no sign of life for {PATIENCE_S:.0f} s; "
                 "the run goes on, and its files are completed in the background",
             )
 
-    def _submit(self, job: _Job) -> None:
-        size = job.size_bytes
-        if self._submitted_bytes - self._handled_bytes + size > MAX_WAITING_BYTES:
-            self.parts.boundary.tell(
-                "waiting",
-                f"previews waiting to be written must be at most {MAX_WAITING_BYTES >> 20} MiB, "
-                "got more; frames are left out because the targets are slower than the run",
-            )
-            return
-        self._submitted_bytes += size
-        self._worker.submit(job)
+    def _submit(self, job: _Job, *, is_wanted: bool = False) -> None:
+        self._jobs += 1
+        if not self._inbox.put(job, is_wanted=is_wanted):
+            self._left_out += 1
+            _tell_of_no_room(self.parts.boundary)
 
     def _submit_step(self, step: Step) -> None:
         self._skipped = None
@@ -268,6 +517,30 @@ class Run:
         too_soon = now - self._last_frame_s < options.min_interval_s
         return self._steps % options.every == 0 and not too_soon
 
+    def _affords(self, now: float) -> bool:
+        """Whether one more preview is within the budget; the first one shows what they cost."""
+        if self._budget.share is None or self._frames == 0:
+            return True
+        each_s = (self._spent_s - self._vae_s) / max(1, self._made)
+        is_affordable = self._budget.affords(
+            spent_s=self._spent_s,
+            more_s=each_s * (self._frames - self._made + 1),
+            elapsed_s=now - self.started_s,
+        )
+        self._skipped_frames += not is_affordable
+        return is_affordable
+
+    def _affords_vae(self, now: float) -> bool:
+        """The same for a full decode, of which the first is taken to last as long as a step."""
+        each_s = self._step_s(now) if self._vae_decodes == 0 else self._vae_s / self._vae_decodes
+        return self._budget.affords(
+            spent_s=self._spent_s, more_s=each_s, elapsed_s=now - self.started_s
+        )
+
+    @property
+    def _spent_s(self) -> float:
+        return self._step_path_s + self._worker_s
+
     def _submit_initial(self, step: Step) -> None:
         with self.parts.boundary.around("the initial noise"):
             if step.call is None:
@@ -276,6 +549,7 @@ class Run:
             values, values_bytes = self._private(step.values)
             self._submit(
                 _Job(
+                    self._jobs,
                     step_index=INITIAL_STEP_INDEX,
                     source="noisy",
                     elapsed_s=0.0,
@@ -290,14 +564,18 @@ class Run:
 
     def _job(self, step: Step) -> _Job:
         options = self.parts.options
-        x0 = None if options.source == "noisy" else self._x0(step)
+        decodes = self._is_vae_due(step)
+        x0 = None if options.source == "noisy" else self._x0(step, is_wanted_now=decodes)
         noisy = None if x0 is not None and options.source == "denoised" else step.latents
         context = self._context(step, noisy, x0)
         sigma, scale = self._noise_level(step)
-        images = self._full_decode(step, _pictured(noisy, x0, scale), context)
+        images = None
+        if decodes and not isinstance(x0, _Prediction):
+            images = self._full_decode(step, _pictured(noisy, x0, scale), context)
         copied = _Snapshots()
         values, values_bytes = self._private(step.values)
         return _Job(
+            self._jobs,
             step_index=self._steps - 1,
             source=options.source if x0 is not None else "noisy",
             elapsed_s=step.at_s - self.started_s,
@@ -308,14 +586,14 @@ class Run:
             values=values,
             values_bytes=values_bytes,
             noisy=copied.of(noisy),
-            denoised=copied.of(x0),
+            denoised=Snapshot(x0, is_private=True) if isinstance(x0, Tensor) else x0,
             context=copied.of(context),
             noise_scale=scale,
             images=images,
             decoder="" if images is None else VaeDecoder.name,
         )
 
-    def _context(self, step: Step, *shown: Tensor | None) -> Tensor | None:
+    def _context(self, step: Step, *shown: Tensor | _Prediction | None) -> Tensor | None:
         """What the tensors are filled in from; None where they are whole."""
         context = step.context
         if context is None or step.layout.row.stepped is None:
@@ -331,30 +609,39 @@ class Run:
         private, new_bytes = dict(values), 0
         for name, value in values.items():
             if isinstance(value, Tensor):
-                known = self._unchanged(name, value)
-                private[name] = copy = known or Snapshot(value)
-                if known is None:
-                    new_bytes += copy.size_bytes
-                    self._copies[name] = value, _version(value), copy
+                private[name], size_bytes = self._copy(name, value)
+                new_bytes += size_bytes
         return private, new_bytes
 
-    def _unchanged(self, name: str, tensor: Tensor) -> Snapshot | None:
+    def _copy(self, name: str, tensor: Tensor) -> tuple[Snapshot, int]:
         seen, version, copy = self._copies.get(name, (None, None, None))
-        is_same = seen is tensor and version is not None and version == _version(tensor)
-        return copy if is_same else None
+        if copy is not None and seen is tensor and version == _version(tensor) is not None:
+            return copy, 0
+        copy = Snapshot(tensor)
+        self._copies[name] = tensor, _version(tensor), copy
+        return copy, copy.size_bytes
 
-    def _x0(self, step: Step) -> Tensor | None:
+    def _x0(self, step: Step, *, is_wanted_now: bool) -> Tensor | _Prediction | None:
         """None where there is none, or where the scheduler steps something else than is shown."""
-        x0 = None
+        x0: Tensor | _Prediction | None = None
         if step.parts is not None:
-            with self.parts.boundary.around("the predicted x0 (noisy latents are shown)"):
+            with self.parts.boundary.around(_X0):
                 return _frame_by_frame(step.latents, step.parts)
         if step.call is not None:
-            with self.parts.boundary.around("the predicted x0 (noisy latents are shown)"):
-                x0 = _with_kept(predict_x0(step.call), step.kept)
+            with self.parts.boundary.around(_X0):
+                is_later = not is_wanted_now and _is_better_later(step.call)
+                x0 = self._prediction(step) if is_later else _x0_of(step)
         if x0 is None or x0.shape == step.latents.shape:
             return x0
         return x0 if self._context(step, x0) is not None else None
+
+    def _prediction(self, step: Step) -> _Prediction:
+        assert step.call is not None
+        if step.kept is None:
+            return _Prediction(step.call, None)
+        mask, picture = step.kept
+        kept = self._copy("kept mask", mask)[0], self._copy("kept picture", picture)[0]
+        return _Prediction(step.call, kept)
 
     def _noise_level(self, step: Step) -> tuple[float | None, float]:
         if step.call is not None:
@@ -362,14 +649,18 @@ class Run:
                 return sigma_after(step.call), noise_scale(step.call)
         return None, 1.0
 
+    def _is_vae_due(self, step: Step) -> bool:
+        every, row = self.parts.options.vae_every, step.layout.row
+        if every is None or self._frames % every or self._vae_failed:
+            return False
+        is_decoded = row.space != "pixels" and row.shows != "audio"
+        return is_decoded and self._affords_vae(step.at_s)
+
     def _full_decode(
         self, step: Step, pictured: Sequence[Tensor], context: Tensor | None
     ) -> NDArray[np.uint8] | None:
-        decoder, every, row = self.parts.vae_decoder, self.parts.options.vae_every, step.layout.row
-        if decoder is None or every is None or self._frames % every or self._vae_failed:
-            return None
-        if row.space == "pixels" or row.shows == "audio":
-            return None
+        decoder, began_s = self.parts.vae_decoder, self.parts.clock()
+        assert decoder is not None
         try:
             images = []
             for latents in pictured:
@@ -382,6 +673,9 @@ class Run:
                 self._vae_failed = True
                 self.parts.boundary.report("the full VAE decode (vae_every)", error)
             return None
+        finally:
+            self._vae_decodes += 1
+            self._vae_s += self.parts.clock() - began_s
         return np.concatenate(images, axis=-2)
 
     def _decoded(self, decoder: VaeDecoder, step: Step, shown: Shown) -> NDArray[np.uint8]:
@@ -395,10 +689,13 @@ class Run:
 
     def _eta_s(self, now: float) -> float | None:
         left = self.num_steps - self._steps
+        return self._step_s(now) * left if now > self.started_s else None
+
+    def _step_s(self, now: float) -> float:
+        """Mean duration of the steps; only until there are two with the warm-up in it."""
         if self._steps > 1:
-            return (now - self._first_step_s) / (self._steps - 1) * left
-        # with the warm-up in it, but better than nothing
-        return (now - self.started_s) * left if now > self.started_s else None
+            return (now - self._first_step_s) / (self._steps - 1)
+        return now - self.started_s
 
     def _release(self) -> None:
         self.undo()
@@ -414,44 +711,58 @@ class Run:
         return call is not None and not is_running(call, self._thread_id)
 
     def _end(self) -> None:
-        for part, writer in self._writers():
-            try:
-                writer.close()
-            except BaseException as error:
-                self.parts.boundary.report(part, error)
+        for outlet in self._outlets:
+            outlet.end()
         self._skipped = None
         self._release()
 
     def _handle(self, job: _Job) -> None:
+        self._hasten()
+        is_newest = job.number > self._newest_shown
+        outlets = [outlet for outlet in self._outlets if is_newest or outlet.newest is None]
+        if job.number < self._newest_shown:
+            self._passed += len(self._outlets) - len(outlets)
+        if outlets:
+            self._deliver(job, outlets)
+
+    def _hasten(self) -> None:
+        """Show the newest first to those who want only that, where the drawing lags behind."""
+        live = [outlet for outlet in self._outlets if outlet.newest is not None]
+        if not live:
+            return
+        self._inbox.look()
+        enough = max(outlet.newest or 0 for outlet in live)
+        waiting = list(islice(self._inbox.others(), enough))
+        if len(waiting) == enough and waiting[0].number > self._newest_shown:
+            self._newest_shown = waiting[0].number
+            self._deliver(waiting[0], live)
+
+    def _deliver(self, job: _Job, outlets: Sequence[_Outlet]) -> None:
+        job.parcel = job.parcel or self._made_of(job)
+        if job.parcel is not None:
+            for outlet in outlets:
+                outlet.put(job.parcel)
+
+    def _made_of(self, job: _Job) -> _Parcel | None:
         try:
-            self._write(self._frame(job))
+            frame = self._frame(job)
         except LayoutError as error:
             self.parts.boundary.explain("the layout", error)
         except BaseException as error:
             self.parts.boundary.report("making a preview frame", error)
-        self._handled_bytes += job.size_bytes
-
-    def _write(self, frame: Frame) -> None:
-        for number, (part, writer) in enumerate(self._writers()):
-            if number in self._failed_writers:
-                continue
-            try:
-                writer.write(frame)
-            except BaseException as error:
-                self._failed_writers.add(number)
-                self.parts.boundary.report(part, error)
-
-    def _writers(self) -> Iterator[tuple[str, Writer]]:
-        for number, writer in enumerate(self.parts.writers, start=1):
-            yield f"preview target {number}, {type(writer).__name__},", writer
+        else:
+            self._made += 1
+            return _Parcel(frame)
+        return None
 
     def _frame(self, job: _Job) -> Frame:
-        images, decoder, latents = job.images, job.decoder, None
+        decoder, latents, source = job.decoder, None, job.source
+        images = job.images.load() if isinstance(job.images, Stored) else job.images
         is_kept = self.parts.options.keep_latents
         if job.layout is not None and (images is None or is_kept):
-            noisy, x0, context = (
-                None if x is None else x.wait() for x in (job.noisy, job.denoised, job.context)
-            )
+            noisy, x0, context = _come(job.noisy), self._come_x0(job), _come(job.context)
+            if noisy is None and x0 is None and isinstance(job.denoised, _Prediction):
+                noisy, source = job.denoised.sample(), "noisy"
             values = {
                 name: value.wait() if isinstance(value, Snapshot) else value
                 for name, value in job.values.items()
@@ -475,7 +786,7 @@ class Run:
             num_steps=self.num_steps,
             timestep=_number(job.timestep),
             sigma=job.sigma,
-            source=job.source,
+            source=source,
             decoder=decoder,
             elapsed_s=job.elapsed_s,
             eta_s=job.eta_s,
@@ -483,6 +794,13 @@ class Run:
             run_index=self.index,
             latents=latents,
         )
+
+    def _come_x0(self, job: _Job) -> Tensor | None:
+        if isinstance(job.denoised, _Prediction):
+            with self.parts.boundary.around(_X0):
+                return job.denoised.wait()
+            return None
+        return _come(job.denoised)
 
     def _check_finite(self, pictured: Sequence[Tensor], step_index: int) -> None:
         if not _are_finite(pictured):
@@ -507,6 +825,21 @@ class Run:
 
 
 _PIXELS = PixelDecoder()
+_X0 = "the predicted x0 (noisy latents are shown)"
+
+
+def _is_better_later(call: StepCall) -> bool:
+    """Whether x0 is left to the worker: not where a copy costs what the arithmetic does."""
+    return call.sample.device.type != "cpu" and has_x0(call.scheduler)
+
+
+def _x0_of(step: Step) -> Tensor | None:
+    x0 = None if step.call is None else predict_x0(step.call)
+    return None if x0 is None else _with_kept(x0, step.kept)
+
+
+def _come(copy: Snapshot | None) -> Tensor | None:
+    return None if copy is None else copy.wait()
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -524,9 +857,9 @@ def _frame_by_frame(latents: Tensor, parts: Sequence[tuple[int, StepCall]]) -> T
     return video
 
 
-def _with_kept(x0: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def _with_kept(x0: Tensor, kept: tuple[Tensor, Tensor] | None) -> Tensor:
     """x0 where an inpainting run paints, and its picture everywhere else."""
-    if x0 is None or kept is None or kept[1].shape[1:] != x0.shape[1:]:
+    if kept is None or kept[1].shape[1:] != x0.shape[1:]:
         return x0
     mask, picture = (tensor.to(x0) for tensor in kept)
     return picture + mask * (x0 - picture)
@@ -584,7 +917,9 @@ def _count(batch: Batch, frames: int | None = None) -> int | None:
 def _scalar(value: object) -> Snapshot | float | None:
     """A timestep, which may be a number, a 0-d or 1-element tensor, or a vector (then None)."""
     if isinstance(value, Tensor):
-        return Snapshot(value) if value.numel() == 1 else None
+        if value.numel() != 1:
+            return None
+        return value.item() if value.device.type == "cpu" else Snapshot(value)
     return float(value) if isinstance(value, int | float) else None
 
 

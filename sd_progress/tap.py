@@ -21,7 +21,8 @@ from typing import Protocol
 from torch import Tensor
 
 from .boundary import Boundary
-from .x0 import StepCall
+from .cost import Stopwatch
+from .x0 import StepCall, plain_attribute
 
 _OURS = "_sd_progress_wrapper"
 _lock = threading.RLock()  # several callbacks may come and go on one scheduler, in any thread
@@ -168,6 +169,7 @@ class SchedulerTap:
     Args:
         clock: seconds, monotonic.
         boundary: where failures end.
+        watch: measures what this costs the run; None does not.
         on_step: called after each step, on the run's thread.
 
     Attributes:
@@ -180,8 +182,10 @@ class SchedulerTap:
         self,
         clock: Callable[[], float],
         boundary: Boundary,
+        watch: Stopwatch | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
+        self._watch = Stopwatch(clock) if watch is None else watch
         self._clock = clock
         self._boundary = boundary
         self._on_step = on_step
@@ -249,11 +253,11 @@ class SchedulerTap:
 
     def before(self, owner: object) -> object:
         """Read what the step is going to change."""
-        with self._boundary.around("reading the scheduler"):
+        with self._boundary.around("reading the scheduler"), self._watch:
             if self.started_s is None:
                 self.started_s = self._clock()
-            index = getattr(owner, "step_index", None)
-            return index, bool(getattr(owner, "state_in_first_order", True))
+            index = plain_attribute(owner, "step_index")
+            return index, plain_attribute(owner, "state_in_first_order") is not False
         return None
 
     def after(self, heard: Heard) -> None:
@@ -262,7 +266,7 @@ class SchedulerTap:
             self._after_part(heard)
             return
         self._last = None
-        with self._boundary.around("reading the scheduler's step"):
+        with self._boundary.around("reading the scheduler's step"), self._watch:
             self._last = self._step_call(heard)
             self._steps += 1
             self._counts[id(heard.owner)] = self._counts.get(id(heard.owner), 0) + 1
@@ -270,7 +274,7 @@ class SchedulerTap:
             self._on_step()
 
     def _after_part(self, heard: Heard) -> None:
-        with self._boundary.around("reading the scheduler's step"):
+        with self._boundary.around("reading the scheduler's step"), self._watch:
             calls = running_calls()
             number = None if calls is None or self.part is None else calls.inner.local(self.part)
             if isinstance(number, int):
@@ -279,16 +283,17 @@ class SchedulerTap:
     def _step_call(self, heard: Heard) -> StepCall:
         index, is_first_order = heard.seen if isinstance(heard.seen, tuple) else (None, True)
         if index is None:  # set by step() itself, which then counted one up
-            counted = getattr(heard.owner, "step_index", None)
+            counted = plain_attribute(heard.owner, "step_index")
             index = counted - 1 if isinstance(counted, int) else None
-        signature = _signature(getattr(type(heard.owner), "step"))  # noqa: B009 - no type has one
-        bound = signature.bind(heard.owner, *heard.args, **heard.kwargs).arguments
-        return StepCall(heard.owner, _unshared(bound), index, is_first_order, heard.output)
+        names = _parameters(getattr(type(heard.owner), "step"))  # noqa: B009 - no type has one
+        given = {**dict(zip(names, heard.args, strict=False)), **heard.kwargs}
+        return StepCall(heard.owner, _unshared(given), index, is_first_order, heard.output)
 
 
 @functools.cache
-def _signature(function: Callable[..., object]) -> inspect.Signature:
-    return inspect.signature(function)
+def _parameters(method: Callable[..., object]) -> tuple[str, ...]:
+    """The names of a method's parameters, without `self`; the call itself has checked the rest."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def _unshared(arguments: dict[str, object]) -> dict[str, object]:
@@ -338,7 +343,7 @@ class Call:
 
     def local(self, *names: str) -> object:
         """The first of these variables of the call that exists; None if none does."""
-        found = self._variables()
+        found = self._variables
         return next((found[name] for name in names if name in found), None)
 
     def has(self, name: str) -> bool:
@@ -353,7 +358,7 @@ class Call:
         names = tuple(names)
         if not names:
             return {}
-        found = self._variables()
+        found = self._variables
         values = {}
         for name in names:
             root, *path = name.removesuffix("?").split(".")
@@ -366,6 +371,7 @@ class Call:
                 values[name] = value
         return values
 
+    @functools.cached_property
     def _variables(self) -> Mapping[str, object]:
         """Local variables; of a modular pipeline also what its blocks have put into its state."""
         found = self.frame.f_locals
@@ -383,12 +389,24 @@ class Calls:
     outer: Call
     inner: Call
 
+    def anew(self) -> Calls:
+        """The same calls, with the variables that they have now."""
+        inner = Call(self.inner.frame, self.inner.pipe)
+        is_one = self.outer.frame is self.inner.frame
+        return Calls(inner if is_one else Call(self.outer.frame, self.outer.pipe), inner)
 
-def running_calls() -> Calls | None:
-    """The outermost and innermost pipeline call on this thread's stack; None without any."""
+
+def running_calls(known: Calls | None = None) -> Calls | None:
+    """The outermost and innermost pipeline call on this thread's stack; None without any.
+
+    Args:
+        known: what was found before. Where its innermost call is met first, so would the others be.
+    """
     inner = outer = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        if known is not None and frame is known.inner.frame and inner is None:
+            return known.anew()
         pipe = _pipeline_of(frame)
         if pipe is not None:
             outer = Call(frame, pipe)

@@ -52,7 +52,12 @@ AnimationVideo = Literal["middle", "clip", "mosaic"]
 
 @runtime_checkable
 class Writer(Protocol):
-    """Where frames go. Any object with these two methods is one."""
+    """Where frames go. Any object with these two methods is one.
+
+    It is called in a thread of its own, and gets every frame, however slow it is. One with an
+    attribute `newest`, a whole number, gets the newest so many frames instead, and loses older
+    ones where it cannot keep up; a live view has `newest = 1`.
+    """
 
     def write(self, frame: Frame) -> None:
         """Take one frame of the run; the first one begins it."""
@@ -196,8 +201,8 @@ class AnimationWriter:
     A GIF, WebP or APNG is complete and playable on disk after every frame, also when the process
     is killed; an MP4 appears when the run is closed, and of a killed process only its hidden
     `.sd-progress-*.tmp` stays. Frames are encoded as they come and at most one is kept, so memory
-    does not grow with the run. Each frame of a GIF has 255 colours of its own, dithered unless it
-    is noise, and keeps what changes too little to be seen; WebP is lossy at quality 90. A name that
+    does not grow with the run. Each frame of a GIF has 255 colours, dithered unless it is noise,
+    and keeps what changes too little to be seen; WebP is lossy at quality 90. A name that
     is taken is left alone: the run goes to `denoise-2.gif`, `denoise-3.gif` and so on.
 
     The first frame, enlarged, is the canvas; later frames of another size are fitted into it.
@@ -388,10 +393,16 @@ class ContactSheetWriter:
 class QueueWriter:
     """Frames into a queue, without ever waiting for the consumer.
 
-    A full queue loses its oldest frame to the newest. An `asyncio.Queue` is filled in the thread
+    A full queue loses its oldest frame to the newest; where it is bounded (`maxsize`), frames that
+    would not stay in it anyway need not be drawn. An `asyncio.Queue` is filled in the thread
     of its event loop. Through a `multiprocessing.Queue` frames travel pickled; a process that
     fills one and ends waits until it has been read.
+
+    Attributes:
+        newest: the queue's `maxsize`; None where it is not bounded.
     """
+
+    newest: int | None
 
     def __init__(self, queue: FrameQueue, *, end: object = ...) -> None:
         """Bind to a queue, and for an `asyncio.Queue` to the running event loop.
@@ -410,6 +421,8 @@ class QueueWriter:
         if not isinstance(queue, FrameQueue):
             expected = "queue must be an object with put_nowait"
             raise TypeError(f"{expected}, got {type(queue).__name__}; pass a queue.Queue")
+        maxsize = getattr(queue, "maxsize", 0)
+        self.newest = maxsize if isinstance(maxsize, int) and maxsize > 0 else None
         self._end = end
         self._wrote = False
         self._feeder = _LoopFeeder(queue) if isinstance(queue, asyncio.Queue) else _Feeder(queue)

@@ -8,6 +8,7 @@ of the scheduler is changed, no random number is drawn, and no value is fetched 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -52,6 +53,19 @@ class StepCall:
         return self.arguments.get("timestep")
 
 
+Weight = float | Tensor
+Weights = tuple[Weight, Weight]
+
+
+def plain_attribute(owner: object, name: str) -> object:
+    """`owner.name`, or None where there is none, past the config that diffusers would look in.
+
+    That search takes longer than all else that is done when a scheduler steps.
+    """
+    is_there = name in vars(owner) or hasattr(type(owner), name)
+    return getattr(owner, name) if is_there else None
+
+
 class _Config(Protocol):
     def get(self, key: str, default: object = None) -> object: ...
 
@@ -69,17 +83,29 @@ class _Scheduler(Protocol):
     initial_alpha_cumprod: Tensor
     num_inference_steps: int
 
-    def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]: ...
+    def _sigma_to_alpha_sigma_t(self, sigma: Weight) -> Weights: ...
     def _alpha_cumprod(self, t: Tensor, device: torch.device) -> Tensor: ...
-    def precondition_outputs(self, sample: Tensor, m: Tensor, sigma: Tensor) -> Tensor: ...
-    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> tuple[Tensor, Tensor]: ...
-    def convert_flow_pred_to_x0(
-        self, flow_pred: Tensor, xt: Tensor, timestep: Tensor, sigmas: Tensor, timesteps: Tensor
-    ) -> Tensor: ...
+    def precondition_outputs(self, sample: float, m: float, sigma: Weight) -> Weight: ...
+    def get_scalings_for_boundary_condition(self, sigma: Weight) -> Weights: ...
 
 
-Formula = Callable[[StepCall, Tensor, Tensor], Tensor]
-"""(call, sample x, model output m), both float32 -> x0 float32, of the sample's shape."""
+Formula = Callable[[StepCall], Weights]
+"""call -> (weight of the sample, weight of the model output), numbers or broadcastable.
+
+x0 is linear in both for every scheduler. The weights are plain numbers wherever the scheduler keeps
+its tables on the CPU, so that x0 is one or two passes over the latents.
+"""
+
+READ_TENSORS = (
+    "sample",
+    "model_output",
+    "timestep",
+    "pred_original_sample",
+    "per_token_timesteps",
+    "dmd_sigmas",
+    "dmd_timesteps",
+)
+"""The tensors among the arguments of `step` that x0 may be made of."""
 
 
 def predict_x0(call: StepCall) -> Tensor | None:
@@ -89,22 +115,32 @@ def predict_x0(call: StepCall) -> Tensor | None:
         call: a recorded `scheduler.step`.
 
     Returns:
-        float32, shape and device of the sample (whole numbers where it is token ids); None where
-        the scheduler has no closed form.
+        float32, shape and device of the sample (whole numbers where it is token ids), in memory of
+        its own; None where the scheduler has no closed form.
         Clipping and thresholding, where a scheduler has them switched on, are not applied.
 
     Source: the `step` and `convert_model_output` methods of diffusers 0.42.1, scheduler by
     scheduler.
     """
     if (given := call.arguments.get("pred_original_sample")) is not None:
-        return cast(Tensor, given).float()
+        return cast(Tensor, given).to(torch.float32, copy=True)
     formula = _formula_for(call.scheduler)
     if formula is None:
         named = getattr(call.output, "pred_original_sample", None)
-        return named if isinstance(named, Tensor) else None
+        return named.clone() if isinstance(named, Tensor) else None
     sample = call.sample.float()
     model_output = cast(Tensor, call.arguments["model_output"]).float()
-    return formula(call, sample, _without_variance(model_output, sample))
+    return _weighted(sample, _without_variance(model_output, sample), *formula(call))
+
+
+def _weighted(x: Tensor, m: Tensor, of_x: Weight, of_m: Weight) -> Tensor:
+    if isinstance(of_x, Tensor) or isinstance(of_m, Tensor):
+        return of_x * x + of_m * m
+    if of_x == 0:
+        return m * of_m
+    if of_x == 1:
+        return torch.add(x, m, alpha=of_m)
+    return torch.mul(x, of_x).add_(m, alpha=of_m)
 
 
 def has_x0(scheduler: object) -> bool:
@@ -117,7 +153,7 @@ def sigma_after(call: StepCall) -> float | None:
 
     A value on an accelerator is not fetched: that would wait for it.
     """
-    sigmas = getattr(call.scheduler, "sigmas", None)
+    sigmas = plain_attribute(call.scheduler, "sigmas")
     index = call.step_index
     if not isinstance(sigmas, Tensor) or index is None or sigmas.device.type != "cpu":
         return None
@@ -159,25 +195,35 @@ def _prediction_type(call: StepCall) -> object:
     return cast(_Scheduler, call.scheduler).config.get("prediction_type", "epsilon")
 
 
-def _from_levels(call: StepCall, x: Tensor, m: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """x0 from `x = a * x0 + s * noise`, by what the network predicts."""
+def _from_levels(call: StepCall, a: Weight, s: Weight) -> Weights:
+    """Of x0 from `x = a * x0 + s * noise`, by what the network predicts."""
     prediction_type = _prediction_type(call)
     if prediction_type == "epsilon":
-        return (x - s * m) / a
+        return _inverse(a), -s * _inverse(a)
     if prediction_type == "v_prediction":
-        return (a * x - s * m) / (a**2 + s**2)
+        squares = a**2 + s**2
+        return a / squares, -s / squares
     if prediction_type == "flow_prediction":
-        return x - s * m
+        return 1.0, -s
     if prediction_type in ("sample", "original_sample"):
-        return m
+        return 0.0, 1.0
     raise ValueError(
         f"prediction_type must be epsilon, v_prediction, sample or flow_prediction, got "
         f"{prediction_type!r}; pass source='noisy' for this scheduler"
     )
 
 
-def _sigma(call: StepCall) -> Tensor:
-    return cast(_Scheduler, call.scheduler).sigmas[_index(call)]
+def _inverse(a: Weight) -> Weight:
+    return 1 / a if isinstance(a, Tensor) or a != 0 else math.inf
+
+
+def _number(value: Tensor) -> Weight:
+    """A number, unless it would have to be fetched from an accelerator."""
+    return value.item() if value.device.type == "cpu" and value.numel() == 1 else value
+
+
+def _sigma(call: StepCall) -> Weight:
+    return _number(cast(_Scheduler, call.scheduler).sigmas[_index(call)])
 
 
 def _index(call: StepCall) -> int:
@@ -189,15 +235,21 @@ def _index(call: StepCall) -> int:
     return call.step_index
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) or (1,) -> broadcastable over `like` (B, ...)."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+def _column(values: Tensor, call: StepCall) -> Weight:
+    """(B,) or (1,) -> a number, or broadcastable over the sample (B, ...)."""
+    number = _number(values)
+    if not isinstance(number, Tensor):
+        return number
+    return values.reshape(-1, *[1] * (call.sample.ndim - 1)).to(call.sample.device)
+
+
+def _table(call: StepCall) -> Tensor:
+    return cast(_Scheduler, call.scheduler).alphas_cumprod
 
 
 def _alpha_cumprod_at(call: StepCall, timestep: Tensor) -> Tensor:
-    table = cast(_Scheduler, call.scheduler).alphas_cumprod
     # index_select, because indexing by a 0-d accelerator tensor would wait for its value
-    return table.to(timestep.device, non_blocking=True).index_select(0, timestep.long())
+    return _table(call).to(timestep.device, non_blocking=True).index_select(0, timestep.long())
 
 
 def _timestep_1d(call: StepCall) -> Tensor:
@@ -209,103 +261,113 @@ def _timestep(call: StepCall) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
-def _discrete(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    alpha_cumprod = _column(_alpha_cumprod_at(call, _timestep_1d(call)), x).float()
-    return _from_levels(call, x, m, alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt())
+def _from_alpha_cumprod(call: StepCall, alpha_cumprod: Weight) -> Weights:
+    return _from_levels(call, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
 
 
-def _discrete_inverse(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
+def _discrete(call: StepCall) -> Weights:
+    timestep = call.timestep if isinstance(call.timestep, int) else _number(_timestep(call))
+    if not isinstance(timestep, Tensor):
+        return _from_alpha_cumprod(call, _number(_table(call)[int(timestep)]))
+    alpha_cumprod = _alpha_cumprod_at(call, _timestep_1d(call)).float()
+    return _from_alpha_cumprod(call, _column(alpha_cumprod, call))
+
+
+def _discrete_inverse(call: StepCall) -> Weights:
     scheduler = cast(_Scheduler, call.scheduler)
     train_steps = cast(int, scheduler.config.get("num_train_timesteps"))
     earlier = _timestep_1d(call) - train_steps // scheduler.num_inference_steps
     alpha_cumprod = _alpha_cumprod_at(call, earlier.clamp(0, train_steps - 1))
     start = scheduler.initial_alpha_cumprod.to(alpha_cumprod)
-    alpha_cumprod = _column(torch.where(earlier >= 0, alpha_cumprod, start), x).float()
-    return _from_levels(call, x, m, alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt())
+    alpha_cumprod = torch.where(earlier >= 0, alpha_cumprod, start).float()
+    return _from_alpha_cumprod(call, _column(alpha_cumprod, call))
 
 
-def _exploding_at(call: StepCall, x: Tensor, m: Tensor, sigma: Tensor) -> Tensor:
-    a = 1 / (sigma**2 + 1).sqrt()  # x * a has unit variance, which is what v is defined for
-    return _from_levels(call, x * a, m, a, sigma * a)
+def _exploding_at(call: StepCall, sigma: Weight) -> Weights:
+    a = (sigma**2 + 1) ** -0.5  # x * a has unit variance, which is what v is defined for
+    of_x, of_m = _from_levels(call, a, sigma * a)
+    return of_x * a, of_m
 
 
-def _exploding(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    return _exploding_at(call, x, m, _sigma(call))
+def _exploding(call: StepCall) -> Weights:
+    return _exploding_at(call, _sigma(call))
 
 
-def _k_dpm_2(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    sigmas = cast(_Scheduler, call.scheduler).sigmas_interpol
-    midpoint = sigmas[_index(call)]
-    return _exploding_at(call, x, m, _sigma(call) if call.is_first_order else midpoint)
+def _k_dpm_2(call: StepCall) -> Weights:
+    return _exploding_at(call, _sigma(call) if call.is_first_order else _midpoint(call, 0))
 
 
-def _k_dpm_2_ancestral(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    sigmas = cast(_Scheduler, call.scheduler).sigmas_interpol
-    midpoint = sigmas[_index(call) - 1]
-    return _exploding_at(call, x, m, _sigma(call) if call.is_first_order else midpoint)
+def _k_dpm_2_ancestral(call: StepCall) -> Weights:
+    return _exploding_at(call, _sigma(call) if call.is_first_order else _midpoint(call, -1))
 
 
-def _dpm_solver_sde(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
+def _midpoint(call: StepCall, offset: int) -> Weight:
+    return _number(cast(_Scheduler, call.scheduler).sigmas_interpol[_index(call) + offset])
+
+
+def _dpm_solver_sde(call: StepCall) -> Weights:
+    if call.is_first_order:
+        return _exploding_at(call, _sigma(call))
     sigmas = cast(_Scheduler, call.scheduler).sigmas
-    midpoint = (sigmas[_index(call) - 1] * sigmas[_index(call)]).sqrt()
-    return _exploding_at(call, x, m, _sigma(call) if call.is_first_order else midpoint)
+    squared = _number(sigmas[_index(call) - 1] * sigmas[_index(call)])
+    return _exploding_at(call, squared**0.5)
 
 
-def _solver(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
+def _solver(call: StepCall) -> Weights:
     sigma = _sigma(call)
     a, s = cast(_Scheduler, call.scheduler)._sigma_to_alpha_sigma_t(sigma)
-    if _prediction_type(call) == "flow_prediction":
-        s = sigma
-    return _from_levels(call, x, m, a, s)
+    return _from_levels(call, a, sigma if _prediction_type(call) == "flow_prediction" else s)
 
 
-def _edm(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    return cast(_Scheduler, call.scheduler).precondition_outputs(x, m, _sigma(call))
+def _edm(call: StepCall) -> Weights:
+    weighed, sigma = cast(_Scheduler, call.scheduler).precondition_outputs, _sigma(call)
+    return weighed(1.0, 0.0, sigma), weighed(0.0, 1.0, sigma)
 
 
-def _flow(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
+def _flow(call: StepCall) -> Weights:
     per_token = call.arguments.get("per_token_timesteps")
     if per_token is None:
-        return x - _sigma(call) * m
+        return 1.0, -_sigma(call)
     train_steps = cast(int, cast(_Scheduler, call.scheduler).config.get("num_train_timesteps"))
     # callers of the per-token form pass the negated velocity
-    return x + (cast(Tensor, per_token).float() / train_steps)[..., None] * m
+    return 1.0, (cast(Tensor, per_token).float() / train_steps)[..., None]
 
 
-def _flow_dmd(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    timestep = _timestep_1d(call).to(x.device).long().expand(len(x))
-    sigmas = cast(Tensor, call.arguments["dmd_sigmas"])
-    timesteps = cast(Tensor, call.arguments["dmd_timesteps"])
-    scheduler = cast(_Scheduler, call.scheduler)
-    return scheduler.convert_flow_pred_to_x0(m, x, timestep, sigmas, timesteps)
+def _flow_dmd(call: StepCall) -> Weights:
+    sigmas, timesteps = (cast(Tensor, call.arguments[f"dmd_{x}"]) for x in ("sigmas", "timesteps"))
+    timestep = _timestep_1d(call).to(timesteps.device)
+    nearest = (timesteps.double() - timestep.double()[:, None]).abs().argmin(dim=1)
+    return 1.0, -_column(sigmas.index_select(0, nearest).float(), call)
 
 
-def _data_at_one(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    timestep = _timestep(call).float()
-    return x + (1 - timestep.reshape(timestep.shape + (1,) * (x.ndim - timestep.ndim))) * m
+def _data_at_one(call: StepCall) -> Weights:
+    timestep, x = _timestep(call).float(), call.sample
+    left = 1 - timestep
+    return 1.0, left.reshape(timestep.shape + (1,) * (x.ndim - timestep.ndim)).to(x.device)
 
 
-def _trigflow(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
+def _trigflow(call: StepCall) -> Weights:
     angle = cast(_Scheduler, call.scheduler).timesteps[_index(call)].float()
-    return torch.cos(angle) * x - torch.sin(angle) * m
+    return _number(torch.cos(angle)), -_number(torch.sin(angle))
 
 
-def _consistency(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    scheduler = cast(_Scheduler, call.scheduler)
-    c_skip, c_out = scheduler.get_scalings_for_boundary_condition(_sigma(call))
-    return c_out * m + c_skip * x
+def _consistency(call: StepCall) -> Weights:
+    return cast(_Scheduler, call.scheduler).get_scalings_for_boundary_condition(_sigma(call))
 
 
-def _ipndm(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    scheduler = cast(_Scheduler, call.scheduler)
-    index = _index(call)
-    return scheduler.alphas[index] * x - scheduler.betas[index] * m
+def _ipndm(call: StepCall) -> Weights:
+    scheduler, index = cast(_Scheduler, call.scheduler), _index(call)
+    return _number(scheduler.alphas[index]), -_number(scheduler.betas[index])
 
 
-def _wuerstchen(call: StepCall, x: Tensor, m: Tensor) -> Tensor:
-    scheduler = cast(_Scheduler, call.scheduler)
-    alpha_cumprod = _column(scheduler._alpha_cumprod(_timestep_1d(call).to(x.device), x.device), x)
-    return (x - (1 - alpha_cumprod).sqrt() * m) / alpha_cumprod.sqrt()
+def _wuerstchen(call: StepCall) -> Weights:
+    timestep = _timestep_1d(call)
+    alpha_cumprod = cast(_Scheduler, call.scheduler)._alpha_cumprod(timestep, timestep.device)
+    return _of_noise(_column(alpha_cumprod, call))
+
+
+def _of_noise(alpha_cumprod: Weight) -> Weights:
+    return alpha_cumprod**-0.5, -(((1 - alpha_cumprod) / alpha_cumprod) ** 0.5)
 
 
 _FORMULAS: dict[str, Formula] = {

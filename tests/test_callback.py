@@ -1,10 +1,12 @@
 """When previews are made, what belongs to which run, and what happens when a part fails."""
 
 import gc
+import itertools
 import multiprocessing
 import queue
 import sys
 import threading
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -19,8 +21,10 @@ from PIL import Image
 
 from sd_progress.boundary import PreviewWarning
 from sd_progress.callback import PreviewCallback
-from sd_progress.engine import Worker
+from sd_progress.cost import Stats
+from sd_progress.engine import finished
 from sd_progress.factors import by_name
+from sd_progress.x0 import predict_x0
 
 SIZE = {"height": 16, "width": 24}
 
@@ -606,23 +610,76 @@ def test_a_target_that_hangs_does_not_hang_the_run(pipe):
         seen.append((frame.run_index, frame.step_index))
 
     callback = PreviewCallback(pipe, slow)
-    Worker.finish.__defaults__, patience = (0.3,), Worker.finish.__defaults__
+    finished.__defaults__, patience = (0.3,), finished.__defaults__
     try:
         with pytest.warns(PreviewWarning, match="got no sign of life"):
             run(pipe, callback, steps=2)
         with pytest.warns(PreviewWarning, match="got no sign of life"):
             run(pipe, callback, steps=2)
     finally:
-        Worker.finish.__defaults__ = patience
+        finished.__defaults__ = patience
     gate.set()
     wait_for_worker()
     assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_waiting_frames_are_bounded(pipe, monkeypatch):
-    """Targets that cannot keep up cost frames, and not memory without end."""
+def test_a_slow_target_gets_every_frame(pipe, monkeypatch):
+    """What does not fit into memory waits on disk, in order and whole."""
     gate, frames = threading.Event(), []
-    monkeypatch.setattr("sd_progress.run.MAX_WAITING_BYTES", 4000)
+    monkeypatch.setattr("sd_progress.run.MAX_WAITING_BYTES", 6000)
+
+    def slow(frame):
+        gate.wait(20)
+        frames.append(frame)
+
+    callback = PreviewCallback(pipe, slow, keep_latents=True)
+    run(pipe, opening(gate, callback), steps=6)
+    stats = callback.stats
+    assert [frame.step_index for frame in frames] == list(range(6))
+    assert stats.spilled_bytes > 0
+    assert stats.peak_backlog_bytes <= 6000
+    assert (stats.frames, stats.left_out, stats.dropped) == (6, 0, 0)
+    quick = []
+    run(pipe, PreviewCallback(pipe, quick.append, keep_latents=True), steps=6)
+    for frame, other in zip(frames, quick, strict=True):
+        assert np.array_equal(frame.images, other.images)
+        assert torch.equal(frame.latents, other.latents)
+
+
+def opening(gate, callback):
+    """Call the callback; open the gate after the last of six steps."""
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        if step_index == 5:
+            while callback.stats.frames + callback.stats.left_out < 6:
+                time.sleep(0.01)
+            gate.set()
+        return {}
+
+    return chained
+
+
+def test_without_room_frames_are_left_out(pipe, monkeypatch, tmp_path):
+    """Where memory and disk are full, a slow target costs frames, which is told and counted."""
+    gate, frames = threading.Event(), []
+    monkeypatch.setattr("sd_progress.run.MAX_WAITING_BYTES", 2000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+
+    def slow(frame):
+        gate.wait(20)
+        frames.append(frame)
+
+    callback = PreviewCallback(pipe, slow)
+    with pytest.warns(PreviewWarning, match="previews waiting to be written must be at most"):
+        run(pipe, opening(gate, callback), steps=6)
+    assert 1 <= len(frames) < 6
+    assert callback.stats.left_out == 6 - len(frames)
+
+
+def test_a_slow_target_does_not_hold_up_a_live_one(pipe):
+    """While a file is stuck, a queue of one holds the newest frame, at every step."""
+    gate, newest, frames = threading.Event(), queue.Queue(1), []
 
     def slow(frame):
         gate.wait(20)
@@ -630,14 +687,156 @@ def test_waiting_frames_are_bounded(pipe, monkeypatch):
 
     def chained(pipeline, step_index, timestep, callback_kwargs):
         callback(pipeline, step_index, timestep, callback_kwargs)
+        seen.append(newest.get(timeout=10).step_index)
         if step_index == 5:
             gate.set()
         return {}
 
-    callback = PreviewCallback(pipe, slow)
-    with pytest.warns(PreviewWarning, match="previews waiting to be written must be at most"):
-        run(pipe, chained, steps=6)
-    assert 1 <= len(frames) < 6
+    seen = []
+    callback = PreviewCallback(pipe, slow, newest)
+    run(pipe, chained, steps=6)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert len(frames) == 6
+
+
+class SlowAtFirst:
+    """A decoder that lags behind until it is let go."""
+
+    name = "slow"
+
+    def __init__(self):
+        self.gate, self.decoded = threading.Event(), 0
+
+    def decode(self, latents):
+        """Wait, then grey."""
+        self.gate.wait(20)
+        self.decoded += 1
+        return np.full((len(latents), 4, 4, 3), 128, np.uint8)
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_a_live_target_gets_the_newest_of_what_lags_behind(pipe, with_file):
+    """What a queue of one would not keep is not even drawn, unless somebody else wants it."""
+    decoder, newest, frames = SlowAtFirst(), queue.Queue(1), []
+    targets = [newest, frames.append] if with_file else [newest]
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        if step_index == 5:
+            decoder.gate.set()
+        return {}
+
+    callback = PreviewCallback(pipe, *targets, decoder=decoder)
+    run(pipe, chained, steps=6)
+    assert newest.get_nowait().step_index == 5
+    assert [frame.step_index for frame in frames] == (list(range(6)) if with_file else [])
+    assert decoder.decoded == (6 if with_file else 2)
+    assert callback.stats.dropped >= 4
+
+
+def test_a_writer_says_how_many_of_the_newest_it_wants(pipe):
+    """An attribute `newest` makes any writer a live one."""
+
+    class Screen:
+        """Slower than the run."""
+
+        newest = 1
+        gate = threading.Event()
+
+        def __init__(self):
+            self.steps = []
+
+        def write(self, frame):
+            """Look at it."""
+            self.gate.wait(20)
+            self.steps.append(frame.step_index)
+
+        def close(self):
+            """Do nothing."""
+
+    screen = Screen()
+    callback = PreviewCallback(pipe, screen)
+    run(pipe, opening(screen.gate, callback), steps=6)
+    assert screen.steps[-1] == 5
+    assert len(screen.steps) <= 3
+    assert callback.stats.dropped == 6 - len(screen.steps)
+
+
+def test_stats(pipe):
+    """What a run's previews came to can be read at any time, and afterwards."""
+    callback = PreviewCallback(pipe, [].append)
+    assert callback.stats == Stats()
+    run(pipe, callback, steps=4)
+    stats = callback.stats
+    assert (stats.steps, stats.frames) == (4, 4)
+    assert stats.skipped == stats.dropped == stats.left_out == stats.spilled_bytes == 0
+    assert stats.step_path_s > 0
+    assert stats.worker_s > 0
+    assert stats.peak_backlog_bytes > 0
+
+
+def test_no_thread_is_left(pipe, tmp_path):
+    """Whatever the targets, when the files are closed all threads have ended."""
+    before = threading.active_count()
+    with PreviewCallback(pipe, tmp_path / "a.gif", tmp_path / "b", queue.Queue(1)) as callback:
+        run(pipe, callback)
+        run(pipe, callback)
+    assert threading.active_count() == before
+
+
+def stepping(callback, now):
+    """Call the callback after a step that took a second."""
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        now[0] += 1.0
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        return {}
+
+    return chained
+
+
+def test_a_budget_skips_previews(pipe, monkeypatch):
+    """Where each costs half a step, a tenth of the run affords one in five; the last is made."""
+    now, frames = [0.0], []
+
+    def dear(call):
+        now[0] += 0.5
+        return predict_x0(call)
+
+    monkeypatch.setattr("sd_progress.run.predict_x0", dear)
+    callback = PreviewCallback(pipe, frames.append, budget=0.1, clock=lambda: now[0])
+    run(pipe, stepping(callback, now), steps=22)
+    steps = [frame.step_index for frame in frames]
+    assert steps[0] == 0
+    assert steps[-1] == 21
+    assert all(later - earlier >= 4 for earlier, later in itertools.pairwise(steps[:-1]))
+    assert 4 <= len(steps) <= 6
+    assert callback.stats.skipped == 22 - len(steps)
+
+
+def test_a_budget_puts_off_full_decodes(pipe):
+    """Each takes as long as a step: a quarter of the run affords one in four; else it is linear."""
+    now, frames = [0.0], []
+    decode = pipe.vae.decoder.forward
+
+    def dear(*args, **kwargs):
+        now[0] += 1.0
+        return decode(*args, **kwargs)
+
+    pipe.vae.decoder.forward = dear
+    options = {"budget": 0.25, "vae_every": 1, "clock": lambda: now[0]}
+    run(pipe, stepping(PreviewCallback(pipe, frames.append, **options), now), steps=14)
+    kinds = [frame.decoder == "vae" for frame in frames]
+    assert len(kinds) == 14
+    assert 2 <= sum(kinds) <= 4
+    assert not any(kinds[:3])
+
+
+def test_a_budget_is_a_share(pipe):
+    """Others are refused at construction."""
+    for budget in (0, 1.5, "2 %", True):
+        with pytest.raises(ValueError, match="budget must be a share of the run, above 0"):
+            PreviewCallback(pipe, [].append, budget=budget)
 
 
 def test_on_error_raise(pipe):

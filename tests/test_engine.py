@@ -4,15 +4,53 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
-from sd_progress.engine import Snapshot, Worker
+from sd_progress.engine import (
+    EveryBox,
+    Inbox,
+    NewestBox,
+    Room,
+    Snapshot,
+    Storage,
+    Stored,
+    Worker,
+)
 
 
-def worker(handle, *, is_abandoned=lambda: False, on_end=lambda: None):
-    return Worker(handle, is_abandoned=is_abandoned, on_end=on_end)
+@dataclass(eq=False)
+class Item:
+    """Something of a size that can wait on disk."""
+
+    name: int
+    size_bytes: int = 10
+    stored: Stored | None = None
+
+    def store(self, storage):
+        """Leave ten bytes there."""
+        self.stored = storage.put(np.full(10, self.name, np.uint8))
+        self.size_bytes = 0
+
+
+class Jobs(EveryBox):
+    """A box with room enough."""
+
+    def __init__(self):
+        super().__init__(Room(1000), Storage())
+
+
+def worker(handle, *, is_abandoned=None, on_end=lambda: None, after=None):
+    return Worker(Jobs(), handle, on_end=on_end, is_abandoned=is_abandoned, after=after)
+
+
+def names(box):
+    """What is left in a box that was ended."""
+    box.end()
+    return [item.name for item in iter(lambda: box.get(None), None)]
 
 
 def test_a_snapshot_is_private():
@@ -36,24 +74,126 @@ def test_a_snapshot_does_not_wait_for_the_device():
     assert snapshot.wait().tolist() == list(range(1000))
 
 
+def test_a_private_tensor_is_not_copied_on_the_cpu():
+    """What nobody else has is kept as it is."""
+    tensor = torch.arange(4.0)
+    assert Snapshot(tensor, is_private=True).wait().data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_a_snapshot_on_disk_takes_no_memory(dtype):
+    """It comes back as it was, in any type and shape."""
+    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    snapshot, storage = Snapshot(tensor), Storage()
+    assert snapshot.size_bytes == storage.stored_bytes + tensor.nbytes
+    snapshot.store(storage)
+    assert snapshot.size_bytes == 0
+    assert storage.stored_bytes == tensor.nbytes
+    assert torch.equal(snapshot.wait(), tensor)
+
+
+def test_storage_goes_on_in_another_file(monkeypatch):
+    """One file is not filled without end, and is closed when nothing in it is wanted."""
+    monkeypatch.setattr("sd_progress.engine.SEGMENT_BYTES", 25)
+    storage = Storage()
+    stored = [storage.put(np.full(10, k, np.uint8)) for k in range(5)]
+    assert len({id(one.segment) for one in stored}) == 3
+    assert [int(one.load().max()) for one in stored] == [0, 1, 2, 3, 4]
+    file = stored[0].segment._file
+    del stored[:2]
+    assert file.closed
+
+
+def test_what_finds_no_room_waits_on_disk_in_order():
+    """A box for every item keeps the first in memory, and all of them."""
+    room, storage = Room(25), Storage()
+    box = EveryBox(room, storage)
+    assert all(box.put(Item(k)) for k in range(5))
+    assert room.peak_bytes == 20
+    assert storage.stored_bytes == 30
+    assert names(box) == [0, 1, 2, 3, 4]
+    assert room.taken_bytes == 0
+
+
+def test_without_disk_what_finds_no_room_is_left_out(monkeypatch, tmp_path):
+    """The box says so; what is in it stays."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    box = EveryBox(Room(25), Storage())
+    assert [box.put(Item(k)) for k in range(3)] == [True, True, False]
+    assert names(box) == [0, 1]
+
+
+def test_the_only_item_always_finds_room():
+    """One that is larger than the limit is not refused for ever."""
+    box = EveryBox(Room(5), Storage())
+    assert box.put(Item(0))
+    assert names(box) == [0]
+
+
+def test_an_inbox_puts_on_disk_only_when_it_is_looked_into():
+    """Who hands over never writes; half of the room is kept free for what comes."""
+    room, storage = Room(40), Storage()
+    inbox = Inbox(room, storage)
+    assert [inbox.put(Item(k)) for k in range(5)] == [True] * 4 + [False]
+    assert inbox.put(Item(5), is_wanted=True)
+    assert storage.stored_bytes == 0
+    inbox.look()
+    assert storage.stored_bytes == 30
+    assert room.taken_bytes == 20
+    assert [item.name for item in inbox.others()] == [5, 3, 2, 1, 0]
+    assert names(inbox) == [0, 1, 2, 3, 5]
+    assert room.taken_bytes == 0
+
+
+def test_an_inbox_without_disk_keeps_what_it_has(monkeypatch, tmp_path):
+    """What cannot be stored stays in memory."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    inbox = Inbox(Room(40), Storage())
+    assert [inbox.put(Item(k)) for k in range(5)] == [True] * 4 + [False]
+    assert names(inbox) == [0, 1, 2, 3]
+
+
+def test_a_box_of_the_newest():
+    """Older items make room, and are counted."""
+    box = NewestBox(2)
+    for k in range(5):
+        box.put(Item(k))
+    assert names(box) == [3, 4]
+    assert box.dropped == 3
+
+
+def test_a_worker_computes_in_its_own_thread_only():
+    """Parallel work of its own would slow down the run's; the run's number of threads stays."""
+    threads, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        jobs = worker(lambda job: threads.append(torch.get_num_threads()))
+        jobs.box.put(Item(0))
+        jobs.finish()
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_jobs_are_handled_in_order_before_finish_returns():
     """`finish` waits for all of them, and then for the end."""
     done = []
     jobs = worker(done.append, on_end=lambda: done.append("end"))
     for k in range(5):
-        jobs.submit(k)
+        jobs.box.put(Item(k))
     jobs.finish()
     jobs.finish()
-    assert done == [0, 1, 2, 3, 4, "end"]
+    assert [getattr(one, "name", one) for one in done] == [0, 1, 2, 3, 4, "end"]
     assert not jobs.is_alive
 
 
 def test_submitting_returns_at_once():
     """While a job is stuck, more can be handed over."""
     gate, done = threading.Event(), []
-    jobs = worker(lambda job: gate.wait(10) and done.append(job))
-    jobs.submit(1)
-    jobs.submit(2)
+    jobs = worker(lambda job: gate.wait(10) and done.append(job.name))
+    jobs.box.put(Item(1))
+    jobs.box.put(Item(2))
     assert done == []
     gate.set()
     jobs.finish()
@@ -64,10 +204,10 @@ def test_finish_gives_up_when_nothing_moves():
     """A job that hangs is left to itself; slow jobs are waited for."""
     gate = threading.Event()
     stuck = worker(lambda job: gate.wait(10))
-    stuck.submit(1)
+    stuck.box.put(Item(1))
     assert not stuck.finish(patience_s=0.2)
     slow = worker(lambda job: time.sleep(0.3))
-    [slow.submit(k) for k in range(5)]
+    [slow.box.put(Item(k)) for k in range(5)]
     assert slow.finish(patience_s=1.2)
     gate.set()
     assert stuck.finish()
@@ -76,10 +216,10 @@ def test_finish_gives_up_when_nothing_moves():
 def test_one_worker_after_the_other():
     """The second handles nothing before the first has ended."""
     gate, done = threading.Event(), []
-    first = worker(lambda job: gate.wait(10) and done.append(job))
-    second = Worker(done.append, is_abandoned=lambda: False, on_end=lambda: None, after=first)
-    first.submit(1)
-    second.submit(2)
+    first = worker(lambda job: gate.wait(10) and done.append(job.name))
+    second = worker(lambda job: done.append(job.name), after=first)
+    first.box.put(Item(1))
+    second.box.put(Item(2))
     assert not second.finish(patience_s=0.2)
     gate.set()
     assert first.finish()
@@ -99,14 +239,19 @@ def test_an_abandoned_worker_ends_by_itself():
 def test_the_interpreter_waits_for_jobs_that_are_left():
     """A script that ends without `finish` loses nothing."""
     code = """
-import time
+import queue, time
 from sd_progress.engine import Worker
+class Box(queue.SimpleQueue):
+    def end(self):
+        self.put(None)
+    def get(self, timeout_s):
+        return super().get(timeout=timeout_s)
 def handle(job):
     time.sleep(0.1)
     print(job)
-jobs = Worker(handle, is_abandoned=lambda: False, on_end=lambda: print("end"))
-jobs.submit(1)
-jobs.submit(2)
+jobs = Worker(Box(), handle, on_end=lambda: print("end"))
+jobs.box.put(1)
+jobs.box.put(2)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["1", "2", "end"]
