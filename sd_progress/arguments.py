@@ -24,8 +24,8 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a script the preview flags, in a group of their own in its `--help`.
 
     They are `--write_intermediates DIR`, `--preview_gif PATH`, `--preview_every N`,
-    `--preview_vae_every N` and `--preview_source`; dashes work as well as underscores.
-    `preview_from_args` makes a callback of what the user asked for.
+    `--preview_vae_every N`, `--preview_source` and `--preview_budget SHARE`; dashes work as well
+    as underscores. `preview_from_args` makes a callback of what the user asked for.
 
     Args:
         parser: gets one more argument group. Call `parser.set_defaults(preview_gif="run.gif")`
@@ -67,6 +67,13 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
         help="denoised: what the model expects the picture to become; noisy: what it works on; "
         "both: side by side (default: %(default)s)",
     )
+    group.add_argument(
+        *spellings("preview_budget"),
+        type=_share,
+        metavar="SHARE",
+        help="show fewer steps where all would cost more than this share of the run, for example "
+        "0.02 (default: no limit)",
+    )
 
 
 def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallback | None:
@@ -94,6 +101,7 @@ def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallba
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,
+        budget=args.preview_budget,
     )
 
 
@@ -116,6 +124,17 @@ def whole_number(name: str, least: int, advice: str) -> Callable[[str], int]:
         return value
 
     return parsed
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        expected = "--preview_budget must be a number above 0 and up to 1"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}; 0.02 is two percent")
+    return value
 
 
 def _animation(text: str) -> Path:

@@ -279,6 +279,7 @@ def _generate(args: argparse.Namespace) -> None:
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,
+        budget=args.preview_budget,
     )
     generate(task)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 POLL_S = 0.05
 PATIENCE_S = 30.0
+HOLD_S = 0.1
 SEGMENT_BYTES = 64 << 20
 
 
@@ -335,12 +336,18 @@ class EveryBox(Generic[Item]):
 class NewestBox(Generic[Item]):
     """The newest `count` items; older ones make room.
 
+    Args:
+        count: 1 or more.
+        is_held: whether an item is to wait a moment, because the next one may follow at once and
+            then takes its place.
+
     Attributes:
-        dropped: how many did.
+        dropped: how many items made room.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, is_held: Callable[[Item], bool] = lambda item: False) -> None:
         self.dropped = 0
+        self._is_held = is_held
         self._items: deque[Item] = deque()
         self._count = count
         self._has_ended = False
@@ -367,7 +374,13 @@ class NewestBox(Generic[Item]):
         with self._changed:
             if not self._changed.wait_for(lambda: self._items or self._has_ended, timeout_s):
                 raise queue.Empty
+            while self._items and self._is_held(first := self._items[0]) and not self._has_ended:
+                if not self._changed.wait_for(functools.partial(self._has_moved, first), HOLD_S):
+                    break
             return self._items.popleft() if self._items else None
+
+    def _has_moved(self, first: Item) -> bool:
+        return self._has_ended or not self._items or self._items[0] is not first
 
 
 # Threads ------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Task:
     every: int
     vae_every: int | None
     source: PreviewSource
+    budget: float | None
 
 
 def generate(task: Task) -> None:
@@ -80,6 +81,7 @@ def generate(task: Task) -> None:
         every=task.every,
         vae_every=task.vae_every,
         source=task.source,
+        budget=task.budget,
         final=True,
     )
     print(f'Painting "{task.prompt}" (seed {task.seed}, {pipe.device}).', flush=True)

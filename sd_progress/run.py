@@ -117,6 +117,11 @@ class _Parcel:
         self._latents: Snapshot | None = None
 
     @property
+    def is_last_preview(self) -> bool:
+        """Whether only the finished picture can come after it."""
+        return self._rest.is_last and self._rest.source != "final"
+
+    @property
     def size_bytes(self) -> int:
         """Memory that the pictures and latents take."""
         frame = self._frame
@@ -265,8 +270,13 @@ class _Outlet:
         self._writer = writer
         self._boundary = run.parts.boundary
         self._has_failed = False
-        every = EveryBox[_Parcel](room, run.storage)
-        self._box = every if self.newest is None else NewestBox[_Parcel](self.newest)
+        # the last step's preview is of no use to a live view whose next frame is the real thing
+        is_replaced = self.newest == 1 and run.parts.options.final
+        self._box: EveryBox[_Parcel] | NewestBox[_Parcel]
+        if self.newest is None:
+            self._box = EveryBox(room, run.storage)
+        else:
+            self._box = NewestBox(self.newest, lambda x: is_replaced and x.is_last_preview)
         self.worker: Worker[_Parcel] = Worker(
             self._box,
             self._write,

@@ -17,6 +17,7 @@ ALL = {
     "preview_every": "2",
     "preview_vae_every": "3",
     "preview_source": "both",
+    "preview_budget": "0.02",
 }
 
 
@@ -79,6 +80,13 @@ def test_vae_every_reaches_the_run(tmp_path):
     assert iio.imread(tmp_path / "steps" / "step_001.png").shape == pictures[0].shape
 
 
+def test_budget_reaches_the_run():
+    """`--preview_budget` is the callback's `budget`."""
+    args = parsed("--write_intermediates", "steps", "--preview_budget", 0.02)
+    callback = preview_from_args(tiny.sd(), args)
+    assert callback._options.budget == 0.02
+
+
 def test_a_folder_may_look_like_a_file(tmp_path):
     """What is given as a folder is one, also with a suffix."""
     callback = preview_from_args(tiny.sd(), parsed("--write_intermediates", tmp_path / "a.gif"))
@@ -102,6 +110,7 @@ def test_animations_of_the_help_are_taken(suffix):
         (("--preview_gif", "run.txt"), "--preview_gif must be a path ending in .gif, .webp"),
         (("--preview_gif", "folder"), "for PNGs in a folder use --write_intermediates"),
         (("--preview_source", "x0"), "invalid choice: 'x0'"),
+        (("--preview_budget", "2%"), "--preview_budget must be a number above 0 and up to 1"),
     ],
 )
 def test_wrong_values_are_told(words, message, capsys):

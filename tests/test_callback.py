@@ -762,6 +762,28 @@ def test_a_writer_says_how_many_of_the_newest_it_wants(pipe):
     assert callback.stats.dropped == 6 - len(screen.steps)
 
 
+def test_a_live_view_is_not_shown_the_last_preview_before_the_finished_picture(pipe):
+    """That follows at once and takes its place; a file has both."""
+    seen, frames = [], []
+
+    class Screen:
+        """A live view."""
+
+        newest = 1
+
+        def write(self, frame):
+            """Take it."""
+            seen.append((frame.step_index, frame.source))
+
+        def close(self):
+            """Do nothing."""
+
+    run(pipe, PreviewCallback(pipe, Screen(), frames.append, final=True), steps=4)
+    assert seen[-1] == (3, "final")
+    assert (3, "denoised") not in seen
+    assert len(frames) == 5
+
+
 def test_stats(pipe):
     """What a run's previews came to can be read at any time, and afterwards."""
     callback = PreviewCallback(pipe, [].append)
@@ -830,6 +852,29 @@ def test_a_budget_puts_off_full_decodes(pipe):
     assert len(kinds) == 14
     assert 2 <= sum(kinds) <= 4
     assert not any(kinds[:3])
+
+
+def test_x0_that_cannot_be_computed_later_leaves_noisy_frames(pipe, monkeypatch):
+    """As where it is computed at once: one warning, and the latents before the step are shown."""
+    monkeypatch.setattr("sd_progress.run._is_better_later", lambda call: True)
+    monkeypatch.setitem(pipe.scheduler.config, "prediction_type", "unheard of")
+    frames = []
+    with pytest.warns(PreviewWarning, match="prediction_type must be epsilon"):
+        run_failing(pipe, PreviewCallback(pipe, frames.append))
+    assert [frame.source for frame in frames] == ["noisy"]
+
+
+def run_failing(pipe, callback):
+    """The scheduler does not know this prediction type either: one step by hand."""
+    latents = torch.ones(1, 4, 8, 8)
+    with callback:
+        pipe.scheduler.set_timesteps(1)
+        plain = type(pipe.scheduler).step
+        type(pipe.scheduler).step = lambda self, model_output, timestep, sample: (sample,)
+        try:
+            pipe.scheduler.step(latents, pipe.scheduler.timesteps[0], latents)
+        finally:
+            type(pipe.scheduler).step = plain
 
 
 def test_a_budget_is_a_share(pipe):

@@ -162,6 +162,17 @@ def test_a_box_of_the_newest():
     assert box.dropped == 3
 
 
+def test_what_is_held_makes_room_for_what_follows_at_once():
+    """It is taken after a moment if nothing does."""
+    box = NewestBox(1, is_held=lambda item: item.name == 1)
+    box.put(Item(1))
+    assert box.get(None).name == 1
+    box.put(Item(1))
+    threading.Timer(0.02, box.put, [Item(2)]).start()
+    assert box.get(None).name == 2
+    assert box.dropped == 1
+
+
 def test_a_worker_computes_in_its_own_thread_only():
     """Parallel work of its own would slow down the run's; the run's number of threads stays."""
     threads, before = [], torch.get_num_threads()

@@ -139,6 +139,17 @@ def test_denoised_latents_are_what_the_denoiser_knows(name):
             )
 
 
+@pytest.mark.parametrize("name", SHOWN[::6])
+def test_x0_of_an_accelerator_is_the_same(name, monkeypatch):
+    """There it is computed later, by the worker, of copies: here on the CPU for once, too."""
+    known, _, _ = previewed(zoo.build(name))
+    monkeypatch.setattr("sd_progress.run._is_better_later", lambda call: has_x0(call.scheduler))
+    frames, _, _ = previewed(zoo.build(name))
+    for frame, same in zip(frames, known, strict=True):
+        assert frame.source == same.source
+        torch.testing.assert_close(frame.latents, same.latents)
+
+
 def outcome(name, with_preview):
     """All that a run leaves behind: its output, random state, and the state of its parts."""
     case = zoo.build(name)
