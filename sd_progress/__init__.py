@@ -10,6 +10,7 @@ import typing
 
 from .arguments import add_preview_arguments, preview_from_args
 from .boundary import PreviewWarning
+from .cost import Stats
 from .demo import demo_model_path
 from .factors import Factors
 from .frame import Frame
@@ -39,6 +40,7 @@ __all__ = [
     "PreviewWarning",
     "QueueWriter",
     "RunCancelled",
+    "Stats",
     "Writer",
     "add_preview_arguments",
     "demo_model_path",

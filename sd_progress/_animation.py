@@ -428,5 +428,6 @@ def png_bytes(image: Image.Image, text: dict[str, str] | None = None) -> bytes:
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunks)
+    # runs only: of pictures a little smaller than what searches further, and several times faster
+    image.save(buffer, "PNG", pnginfo=chunks, compress_type=zlib.Z_RLE)
     return buffer.getvalue()

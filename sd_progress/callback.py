@@ -7,6 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Literal, cast, get_args, overload
 
@@ -231,7 +232,7 @@ class PreviewCallback:
         boundary = self._parts.boundary
         self._silent_steps = 0
         calls, is_chained = None, False
-        with boundary.around("the preview of a step"), self._watch, torch.no_grad():
+        with boundary.around("the preview of a step"), self._watch, _no_grad():
             calls = self._calls = running_calls(self._calls)
             is_chained = not is_called_by(calls)
             *pipe, step_index, timestep, latents = given
@@ -351,7 +352,7 @@ class PreviewCallback:
         if not self._is_entered or call is None:
             return
         boundary = self._parts.boundary
-        with boundary.around("the preview of a step"), self._watch, torch.no_grad():
+        with boundary.around("the preview of a step"), self._watch, _no_grad():
             calls = self._calls = running_calls(self._calls)
             if self._will_be_called(calls):
                 return
@@ -569,6 +570,14 @@ class _Start:
 
     def after(self, heard: Heard) -> None:
         """The loop begins only now."""
+
+
+def _no_grad() -> AbstractContextManager[object]:
+    """`torch.no_grad`, where a pipeline has not done so already."""
+    return torch.no_grad() if torch.is_grad_enabled() else _ALREADY
+
+
+_ALREADY = nullcontext()
 
 
 def _nothing() -> None:

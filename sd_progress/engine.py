@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import os
 import queue
 import tempfile
 import threading
@@ -129,6 +130,10 @@ class Storage:
         stored = Stored(self._segment, self._segment.append(array), array.shape)
         self.stored_bytes += array.nbytes
         return stored
+
+    def let_go(self) -> None:
+        """Nothing more will be put, for now; what was stays for those who have it."""
+        self._segment = None
 
 
 class _Segment:
@@ -457,6 +462,7 @@ class Worker(Generic[Item]):
         if after is not None:
             after._thread.join()
         work_on_one_core()
+        _let_the_run_go_first()
         try:
             with torch.no_grad():
                 while (item := self._next(is_abandoned)) is not None:
@@ -486,14 +492,25 @@ def work_on_one_core() -> None:
 
     A second thread that computes in parallel has threads of its own, and there are then more than
     cores. From that moment on OpenMP's threads sleep between operations instead of spinning, which
-    made a run on two cores 39 percent slower (`benchmarks/overhead.py --threads-of-worker`), even
-    while the second thread did nothing at all. `torch.set_num_threads` would change the run's own
-    number, too; these two, of OpenMP and MKL, are for one thread.
+    makes a run on two cores slower by a third, even while the second thread does nothing at all
+    (`benchmarks/second_thread.py`). `torch.set_num_threads` would change the run's own number, too;
+    these two, of OpenMP and MKL, are for one thread.
     """
     torch.get_num_threads()  # else it would be set again by the first operation
     for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
         with contextlib.suppress(OSError, AttributeError):  # another platform's torch
             getattr(_torch_library(), name)(1)
+
+
+def _let_the_run_go_first() -> None:
+    """On Linux, the calling thread does not interrupt others when it is woken.
+
+    It gets its share all the same, so that it is not starved while the run waits for what it holds.
+    Where torch uses all cores, handing over a frame otherwise took 5 ms instead of 0.3, because the
+    thread that was handed it took the place of the one that did.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere, or where it is forbidden
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @functools.cache

@@ -364,15 +364,23 @@ class Run:
         self._thread_id = threading.get_ident()
         self.storage = Storage()
         self._rooms = Room(MAX_WAITING_BYTES // 2), Room(MAX_WAITING_BYTES // 2)
-        earlier = [None] * len(self.parts.writers) if previous is None else previous._outlets
-        self._outlets: list[_Outlet] = [
-            _Outlet(number, writer, self, self._rooms[1], after)
-            for number, (writer, after) in enumerate(
-                zip(self.parts.writers, earlier, strict=True), 1
-            )
-        ]
         self._newest_shown = -1
         self._inbox = Inbox[_Job](self._rooms[0], self.storage)
+        self._outlets: list[_Outlet] = []
+        self.parts.boundary.begin_run()
+        try:
+            self._start(previous)
+        except BaseException:  # no more threads to be had, or Ctrl-C
+            for outlet in self._outlets:
+                outlet.end()
+            raise
+
+    def _start(self, previous: Run | None) -> None:
+        """Start the threads, the one that draws last: it tells the others of the end."""
+        earlier = [None] * len(self.parts.writers) if previous is None else previous._outlets
+        for number, writer in enumerate(self.parts.writers):
+            after = earlier[number]
+            self._outlets.append(_Outlet(number + 1, writer, self, self._rooms[1], after))
         self._worker: Worker[_Job] = Worker(
             self._inbox,
             self._handle,
@@ -380,7 +388,6 @@ class Run:
             on_end=self._end,
             after=None if previous is None else previous._worker,
         )
-        self.parts.boundary.begin_run()
 
     @property
     def takes_steps(self) -> bool:
@@ -578,7 +585,7 @@ class Run:
         x0 = None if options.source == "noisy" else self._x0(step, is_wanted_now=decodes)
         noisy = None if x0 is not None and options.source == "denoised" else step.latents
         context = self._context(step, noisy, x0)
-        sigma, scale = self._noise_level(step)
+        sigma, scale = self._noise_level(step, noisy)
         images = None
         if decodes and not isinstance(x0, _Prediction):
             images = self._full_decode(step, _pictured(noisy, x0, scale), context)
@@ -653,10 +660,11 @@ class Run:
         kept = self._copy("kept mask", mask)[0], self._copy("kept picture", picture)[0]
         return _Prediction(step.call, kept)
 
-    def _noise_level(self, step: Step) -> tuple[float | None, float]:
+    def _noise_level(self, step: Step, noisy: Tensor | None) -> tuple[float | None, float]:
         if step.call is not None:
             with self.parts.boundary.around("reading the noise level"):
-                return sigma_after(step.call), noise_scale(step.call)
+                scale = 1.0 if noisy is None else noise_scale(step.call)
+                return sigma_after(step.call), scale
         return None, 1.0
 
     def _is_vae_due(self, step: Step) -> bool:
@@ -723,6 +731,7 @@ class Run:
     def _end(self) -> None:
         for outlet in self._outlets:
             outlet.end()
+        self.storage.let_go()
         self._skipped = None
         self._release()
 

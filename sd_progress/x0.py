@@ -8,6 +8,7 @@ of the scheduler is changed, no random number is drawn, and no value is fetched 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -166,8 +167,9 @@ def noise_scale(call: StepCall) -> float:
     1 for every family whose latents stay near unit variance; sqrt(sigma^2 + 1) for the
     variance-exploding ones (Euler and its kin), whose noisy latents would otherwise only saturate.
     """
-    sigma = sigma_after(call)
-    if sigma is None or _formula_for(call.scheduler) not in _VARIANCE_EXPLODING:
+    if _formula_for(call.scheduler) not in _VARIANCE_EXPLODING:
+        return 1.0
+    if (sigma := sigma_after(call)) is None:
         return 1.0
     return float((sigma**2 + 1) ** 0.5)
 
@@ -181,7 +183,11 @@ def initial_noise_scale(call: StepCall) -> float:
 
 
 def _formula_for(scheduler: object) -> Formula | None:
-    names = (cls.__name__ for cls in type(scheduler).__mro__)
+    return _formula_of(tuple(cls.__name__ for cls in type(scheduler).__mro__))
+
+
+@functools.cache
+def _formula_of(names: tuple[str, ...]) -> Formula | None:
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)
 
 

@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import weakref
 from pathlib import Path
@@ -795,6 +796,69 @@ def test_stats(pipe):
     assert stats.step_path_s > 0
     assert stats.worker_s > 0
     assert stats.peak_backlog_bytes > 0
+
+
+def test_the_step_path_keeps_nothing(pipe):
+    """What our own lines have allocated is as much after 120 steps as after 60."""
+    callback, sizes = PreviewCallback(pipe, queue.Queue(1)), []
+
+    def chained(pipeline, step_index, timestep, callback_kwargs):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        if step_index in (20, 60, 120):
+            while callback.stats.frames + callback.stats.dropped <= step_index:
+                time.sleep(0.01)
+            gc.collect()
+            ours = tracemalloc.Filter(inclusive=True, filename_pattern="*/sd_progress/*")
+            traces = tracemalloc.take_snapshot().filter_traces([ours]).traces
+            sizes.append(sum(trace.size for trace in traces))
+        return {}
+
+    tracemalloc.start()
+    try:
+        run(pipe, chained, steps=125)
+    finally:
+        tracemalloc.stop()
+    assert abs(sizes[2] - sizes[1]) < 4000
+
+
+def test_the_step_path_makes_no_tensors_of_numbers(pipe, monkeypatch):
+    """Those that are needed are there already; the worker may do as it likes."""
+    here, made = threading.get_ident(), []
+
+    def recording(function):
+        def record(*args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if threading.get_ident() == here and caller.startswith("sd_progress."):
+                made.append(caller)
+            return function(*args, **kwargs)
+
+        return record
+
+    callback = PreviewCallback(pipe, [].append, source="both", initial=True)
+    for name in ("tensor", "as_tensor", "from_numpy", "arange", "full", "zeros", "ones"):
+        monkeypatch.setattr(torch, name, recording(getattr(torch, name)))
+    run(pipe, callback, steps=5)
+    assert callback.stats.frames == 6
+    assert made == []
+
+
+def test_where_no_thread_can_be_started(pipe, monkeypatch):
+    """The run goes on without previews, one warning says why, and no other thread stays."""
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def limited(thread):
+        started.append(thread)
+        if len(started) % 3 == 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    plain = run(tiny.sd(), None).images
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.warns(PreviewWarning, match="can't start new thread"):
+        pictures = run(pipe, PreviewCallback(pipe, [].append, [].append)).images
+    assert np.array_equal(pictures, plain)
+    wait_for_worker()
+    assert threading.active_count() == before
 
 
 def test_no_thread_is_left(pipe, tmp_path):
