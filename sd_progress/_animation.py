@@ -205,12 +205,16 @@ class _Colours:
         """`image` in 255 colours; dithered, unless it is noise, which has no bands to hide."""
         sample = image.copy()
         sample.thumbnail((64, 64), Image.Resampling.NEAREST)
-        palette = self._palette
-        if palette is None or _error(sample, palette) > GIF_WORSE_COLOURS * self._error:
+        palette, is_noise = self._palette, _is_noise(image)
+        fits = palette is not None and not is_noise and self._fits(sample, palette)
+        if palette is None or not fits:
             palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
             self._palette, self._error = palette, _error(sample, palette)
-        dither = Image.Dither.NONE if _is_noise(image) else Image.Dither.FLOYDSTEINBERG
+        dither = Image.Dither.NONE if is_noise else Image.Dither.FLOYDSTEINBERG
         return image.quantize(palette=palette, dither=dither)
+
+    def _fits(self, sample: Image.Image, palette: Image.Image) -> bool:
+        return _error(sample, palette) <= GIF_WORSE_COLOURS * self._error
 
 
 def _error(image: Image.Image, palette: Image.Image) -> float:
