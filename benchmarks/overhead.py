@@ -541,7 +541,7 @@ def print_table(scores: Mapping[str, Score], steps: int) -> None:
         if score.syncs is not None and base.syncs is not None:
             waits = f"{(score.syncs - base.syncs) / steps:.2f}"
         if score.peaks_mib:
-            extra = f"{min(score.peaks_mib) - min(base.peaks_mib):.0f}"
+            extra = str(round(min(score.peaks_mib) - min(base.peaks_mib)))
         print(f"| {name} | {whole} | {inside} | {waits} | {extra} |")
 
 
@@ -581,10 +581,8 @@ def report_same_pngs(model: Model, rounds: int) -> None:
     scores = measured(model, SAME_PNGS, rounds)
     print_table(scores, model.place.steps)
     print(f"whole run, ours to theirs: {scores[OUR_PNGS].ratio(scores[THEIR_PNGS]):.3f}")
-    print(f"pictures differ by at most {largest_difference(model)} of 255 levels,")
-    print(
-        "  because the recipe cuts off what is behind the point, and in the model's own precision"
-    )
+    print(f"pictures differ by at most {largest_difference(model)} of 255 levels")
+    print("  (the recipe cuts off what is behind the point, we round)")
 
 
 def machine() -> str:
@@ -606,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--size", choices=("small", "real"), help="default: real on a GPU")
     parser.add_argument("--steps", type=int, help="of a run (default: 30 on a GPU, 10 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken")
+    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     parser.add_argument("--threads", type=int, help="of torch (default on a CPU: 2)")
     args = parser.parse_args(arguments)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
