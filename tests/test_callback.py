@@ -648,13 +648,14 @@ def test_a_slow_target_gets_every_frame(pipe, monkeypatch):
 
 
 def opening(gate, callback):
-    """Call the callback; open the gate after the last of six steps."""
+    """Call the callback, let each frame be drawn; open the gate after the last of six steps."""
 
     def chained(pipeline, step_index, timestep, callback_kwargs):
         callback(pipeline, step_index, timestep, callback_kwargs)
+        give_up_at = time.monotonic() + 10
+        while callback.stats.frames <= step_index and time.monotonic() < give_up_at:
+            time.sleep(0.001)
         if step_index == 5:
-            while callback.stats.frames + callback.stats.left_out < 6:
-                time.sleep(0.01)
             gate.set()
         return {}
 
@@ -731,7 +732,7 @@ def test_a_live_target_gets_the_newest_of_what_lags_behind(pipe, with_file):
     run(pipe, chained, steps=6)
     assert newest.get_nowait().step_index == 5
     assert [frame.step_index for frame in frames] == (list(range(6)) if with_file else [])
-    assert decoder.decoded == (6 if with_file else 2)
+    assert decoder.decoded == 6 if with_file else decoder.decoded <= 2
     assert callback.stats.dropped >= 4
 
 
@@ -763,8 +764,9 @@ def test_a_writer_says_how_many_of_the_newest_it_wants(pipe):
     assert callback.stats.dropped == 6 - len(screen.steps)
 
 
-def test_a_live_view_is_not_shown_the_last_preview_before_the_finished_picture(pipe):
+def test_a_live_view_is_not_shown_the_last_preview_before_the_finished_picture(pipe, monkeypatch):
     """That follows at once and takes its place; a file has both."""
+    monkeypatch.setattr("sd_progress.engine.HOLD_S", 10)
     seen, frames = [], []
 
     class Screen:
