@@ -640,6 +640,7 @@ def test_a_slow_target_gets_every_frame(pipe, monkeypatch):
     assert stats.spilled_bytes > 0
     assert stats.peak_backlog_bytes <= 6000
     assert (stats.frames, stats.left_out, stats.dropped) == (6, 0, 0)
+    monkeypatch.undo()
     quick = []
     run(pipe, PreviewCallback(pipe, quick.append, keep_latents=True), steps=6)
     for frame, other in zip(frames, quick, strict=True):
