@@ -874,11 +874,15 @@ def test_no_thread_is_left(pipe, tmp_path):
 
 
 def stepping(callback, now):
-    """Call the callback after a step that took a second."""
+    """Call the callback after a step that took a second, and let its frame be drawn."""
 
     def chained(pipeline, step_index, timestep, callback_kwargs):
         now[0] += 1.0
         callback(pipeline, step_index, timestep, callback_kwargs)
+        give_up_at = time.monotonic() + 10
+        while callback.stats.frames + callback.stats.skipped <= step_index:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.001)
         return {}
 
     return chained
