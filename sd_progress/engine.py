@@ -492,7 +492,7 @@ def work_on_one_core() -> None:
 
     A second thread that computes in parallel has threads of its own, and there are then more than
     cores. From that moment on OpenMP's threads sleep between operations instead of spinning, which
-    makes a run on two cores slower by a third, even while the second thread does nothing at all
+    makes layers on two cores slower by a third or more, even while the second thread does nothing at all
     (`benchmarks/second_thread.py`). `torch.set_num_threads` would change the run's own number, too;
     these two, of OpenMP and MKL, are for one thread.
     """
