@@ -492,9 +492,9 @@ def work_on_one_core() -> None:
 
     A second thread that computes in parallel has threads of its own, and there are then more than
     cores. From that moment on OpenMP's threads sleep between operations instead of spinning, which
-    makes layers on two cores slower by a third or more, even while the second thread does nothing at all
-    (`benchmarks/second_thread.py`). `torch.set_num_threads` would change the run's own number, too;
-    these two, of OpenMP and MKL, are for one thread.
+    makes layers on two cores slower by a third or more, even while the second thread does nothing
+    at all (`benchmarks/second_thread.py`). `torch.set_num_threads` would change the run's own
+    number, too; these two, of OpenMP and MKL, are for one thread.
     """
     torch.get_num_threads()  # else it would be set again by the first operation
     for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
