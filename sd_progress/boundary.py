@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -27,6 +28,7 @@ class Boundary:
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
         self._told: set[str] = set()
+        self._lock = threading.Lock()  # every target has a thread
         self._kept: BaseException | None = None
 
     def begin_run(self) -> None:
@@ -54,8 +56,10 @@ class Boundary:
 
     def tell(self, topic: str, message: str) -> None:
         """Warn, the first time for this topic."""
-        if topic not in self._told:
+        with self._lock:
+            is_first = topic not in self._told
             self._told.add(topic)
+        if is_first:
             warn(message)
 
     def raise_kept(self) -> None:

@@ -151,7 +151,7 @@ class PreviewCallback:
                 decoder, vae, is_colour_known=layout is not None and layout.row.has_own_colours
             ),
             vae_decoder=None if vae_every is None else vae_decoder(vae),
-            writers=tuple(map(writer_for, targets)),
+            writers=tuple(map(_checked_writer, targets)),
             boundary=boundary,
             tap=SchedulerTap(clock, boundary, self._watch, _weakly(self._on_scheduler_step)),
             clock=clock,
@@ -163,7 +163,6 @@ class PreviewCallback:
         self._is_entered = self._is_cancelled = False
         self._silent_steps = 0
         self._run: Run | None = None
-        self._calls: Calls | None = None
         self._last: Run | None = None
         self._unfinished: Run | None = None
         self._runs_begun = self._runs_at_entry = 0
@@ -233,7 +232,7 @@ class PreviewCallback:
         self._silent_steps = 0
         calls, is_chained = None, False
         with boundary.around("the preview of a step"), self._watch, _no_grad():
-            calls = self._calls = running_calls(self._calls)
+            calls = self._running_calls()
             is_chained = not is_called_by(calls)
             *pipe, step_index, timestep, latents = given
             self._step(calls, pipe, step_index, timestep, _latents(latents))
@@ -327,6 +326,9 @@ class PreviewCallback:
         self._parts.tap.attach([*known, *(schedulers_of(inner) if inner is not None else [])])
         return ears
 
+    def _running_calls(self) -> Calls | None:
+        return running_calls(None if self._run is None else self._run.calls)
+
     def _step(
         self,
         calls: Calls | None,
@@ -353,7 +355,7 @@ class PreviewCallback:
             return
         boundary = self._parts.boundary
         with boundary.around("the preview of a step"), self._watch, _no_grad():
-            calls = self._calls = running_calls(self._calls)
+            calls = self._running_calls()
             if self._will_be_called(calls):
                 return
             if self._run is not None or _is_first_rank():
@@ -407,6 +409,7 @@ class PreviewCallback:
         if latents.ndim < layout.row.least_ndim:
             return  # an embedding, which some pipelines step first
         run = self._current_run(calls, pipe)
+        run.calls = calls
         frame = None if calls is None else calls.inner.frame
         scheduler_call, is_first = self._parts.tap.take()
         inner = None if calls is None else calls.inner
@@ -486,7 +489,7 @@ class PreviewCallback:
                 self._parts.tap.forget()
                 self._is_cancelled = False
             return
-        with self._parts.boundary.around("the last frame"), torch.no_grad():
+        with self._parts.boundary.around("the last frame"), self._watch, _no_grad():
             run.submit_skipped()
             if self._options.final:
                 is_raw = calls.outer.local("output_type") != "pt"
@@ -503,7 +506,6 @@ class PreviewCallback:
             self._is_cancelled = False
 
     def _leave(self, run: Run) -> None:
-        self._calls = None
         self._unfinished = run  # also where Ctrl-C ends the waiting: the next run's files wait
         self._run = None
         run.finish()
@@ -706,6 +708,15 @@ def _check_choice(name: str, value: object, choices: object) -> None:
     if value not in expected:
         shown = ", ".join(map(repr, expected))
         raise ValueError(f"{name} must be one of {shown}, got {value!r}; pass one of them")
+
+
+def _checked_writer(target: Target) -> Writer:
+    writer = writer_for(target)
+    newest = getattr(writer, "newest", None)
+    if newest is not None:
+        name = f"newest of {type(writer).__name__}"
+        _check_count(name, newest, "1 shows the newest frame only, None every frame")
+    return writer
 
 
 def _check_budget(value: object) -> None:

@@ -15,7 +15,8 @@ class Stats:
         steps: callbacks that were counted.
         frames: previews that were made.
         skipped: previews that `budget` did not allow.
-        dropped: frames that targets which want only the newest lost to newer ones.
+        dropped: frames that targets which want only the newest lost to newer ones, on their way or
+            in a full queue.
         left_out: frames that targets which want every one did not get, because both memory and
             disk were full.
         step_path_s: seconds in the run's own thread: copies, bookkeeping, and full VAE decodes.

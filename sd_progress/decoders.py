@@ -25,7 +25,10 @@ from .factors import Factors
 
 @runtime_checkable
 class Decoder(Protocol):
-    """VAE-space latents to pixels; called from one worker thread, in the order of the steps."""
+    """VAE-space latents to pixels; called from one worker thread.
+
+    In the order of the steps; where it lags behind and a target wants the newest, that comes first.
+    """
 
     @property
     def name(self) -> str:

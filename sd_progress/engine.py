@@ -158,7 +158,9 @@ class _Segment:
             self._file.seek(offset)
             rest = array.data.cast("B")
             while rest:
-                rest = rest[self._file.readinto(rest) :]
+                if not (count := self._file.readinto(rest)):
+                    raise OSError("what waited on disk must be there still, got the file's end")
+                rest = rest[count:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +299,7 @@ def _stored(item: Item, size: int, storage: Storage, room: Room) -> int:
     """Put an item on disk; the memory that it then takes."""
     try:
         item.store(storage)
-    except OSError:
+    except Exception:  # no disk, or nothing that can be read: whoever takes the item will tell
         return size
     left = item.size_bytes
     room.give_back(size - left)

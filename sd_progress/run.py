@@ -30,7 +30,7 @@ from .engine import (
 )
 from .frame import INITIAL_STEP_INDEX, Frame, Source
 from .layouts import Layout, LayoutError, Shown, Shows
-from .tap import SchedulerTap, is_running
+from .tap import Calls, SchedulerTap, is_running
 from .writers import Writer
 from .x0 import (
     READ_TENSORS,
@@ -214,6 +214,7 @@ class _Job:
     Attributes:
         number: counts the jobs of a run.
         parcel: the frame, where it was made before its turn.
+        is_hastened: whether live targets got it before its turn.
     """
 
     number: int
@@ -233,6 +234,7 @@ class _Job:
     images: NDArray[np.uint8] | Stored | None = None
     decoder: str = ""
     parcel: _Parcel | None = None
+    is_hastened: bool = False
 
     @property
     def _parts(self) -> list[Snapshot | _Prediction | _Parcel]:
@@ -268,6 +270,7 @@ class _Outlet:
         self.left_out = 0
         self._part = f"preview target {number}, {type(writer).__name__},"
         self._writer = writer
+        self._dropped_before = _dropped(writer)
         self._boundary = run.parts.boundary
         self._has_failed = False
         # the last step's preview is of no use to a live view whose next frame is the real thing
@@ -286,8 +289,9 @@ class _Outlet:
 
     @property
     def dropped(self) -> int:
-        """How many frames gave way to newer ones on their way here."""
-        return self._box.dropped if isinstance(self._box, NewestBox) else 0
+        """How many frames gave way to newer ones, on their way here and in the writer's queue."""
+        on_the_way = self._box.dropped if isinstance(self._box, NewestBox) else 0
+        return on_the_way + _dropped(self._writer) - self._dropped_before
 
     def put(self, parcel: _Parcel) -> None:
         """Hand over a frame; returns at once."""
@@ -315,6 +319,12 @@ class _Outlet:
             self._boundary.report(self._part, error)
 
 
+def _dropped(writer: Writer) -> int:
+    """What a writer has counted itself, over all runs."""
+    dropped = getattr(writer, "dropped", 0)
+    return dropped if isinstance(dropped, int) else 0
+
+
 def _tell_of_no_room(boundary: Boundary) -> None:
     boundary.tell(
         "waiting",
@@ -332,6 +342,7 @@ class Run:
         index: 0-based count of the callback's runs.
         call: the frame of the outermost pipeline's `__call__`; let go of when the run ends.
         started_s: when the first step began, by the clock in `parts`.
+        calls: the pipeline calls of its last step; let go of when the run ends.
         is_called_back: whether the pipeline calls the callback itself.
         shows: what its pictures are of.
         undo: what to undo on the pipeline when the run ends; may be called again.
@@ -352,6 +363,7 @@ class Run:
         self._stage: FrameType | None = None
         self._stage_began = self._stage_index = 0
         self._copies: dict[str, tuple[Tensor, int | None, Snapshot]] = {}
+        self.calls: Calls | None = None
         self.is_called_back = False
         self.shows: Shows = "image"
         self._first_step_s = self.started_s
@@ -717,7 +729,7 @@ class Run:
 
     def _release(self) -> None:
         self.undo()
-        self.call = self._stage = None
+        self.call = self._stage = self.calls = None
         self._copies.clear()
 
     # The worker's thread ------------------------------------------------------------------
@@ -736,10 +748,16 @@ class Run:
         self._release()
 
     def _handle(self, job: _Job) -> None:
-        self._hasten()
+        try:
+            self._hasten()
+            self._show(job)
+        except BaseException as error:
+            self.parts.boundary.report("making a preview frame", error)
+
+    def _show(self, job: _Job) -> None:
         is_newest = job.number > self._newest_shown
         outlets = [outlet for outlet in self._outlets if is_newest or outlet.newest is None]
-        if job.number < self._newest_shown:
+        if not is_newest and not job.is_hastened:
             self._passed += len(self._outlets) - len(outlets)
         if outlets:
             self._deliver(job, outlets)
@@ -753,7 +771,7 @@ class Run:
         enough = max(outlet.newest or 0 for outlet in live)
         waiting = list(islice(self._inbox.others(), enough))
         if len(waiting) == enough and waiting[0].number > self._newest_shown:
-            self._newest_shown = waiting[0].number
+            self._newest_shown, waiting[0].is_hastened = waiting[0].number, True
             self._deliver(waiting[0], live)
 
     def _deliver(self, job: _Job, outlets: Sequence[_Outlet]) -> None:
@@ -780,8 +798,8 @@ class Run:
         is_kept = self.parts.options.keep_latents
         if job.layout is not None and (images is None or is_kept):
             noisy, x0, context = _come(job.noisy), self._come_x0(job), _come(job.context)
-            if noisy is None and x0 is None and isinstance(job.denoised, _Prediction):
-                noisy, source = job.denoised.sample(), "noisy"
+            if x0 is None and isinstance(job.denoised, _Prediction):
+                noisy, source = job.denoised.sample() if noisy is None else noisy, "noisy"
             values = {
                 name: value.wait() if isinstance(value, Snapshot) else value
                 for name, value in job.values.items()

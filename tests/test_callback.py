@@ -1,5 +1,6 @@
 """When previews are made, what belongs to which run, and what happens when a part fails."""
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -788,6 +789,48 @@ def test_a_live_view_is_not_shown_the_last_preview_before_the_finished_picture(p
     assert len(frames) == 5
 
 
+def test_stats_count_what_a_full_queue_lost(pipe):
+    """Nobody reads a queue of one: all but the newest; the next run counts anew."""
+    callback = PreviewCallback(pipe, queue.Queue(1))
+    run(pipe, callback, steps=20)
+    assert callback.stats.dropped == 19
+    run(pipe, callback, steps=20)
+    assert callback.stats.dropped == 20
+
+
+@pytest.mark.parametrize("newest", [0, "all", True])
+def test_how_many_of_the_newest_is_checked(pipe, newest):
+    """A writer's attribute of that name that means something else is told at construction."""
+    writer = Broken()
+    writer.newest = newest
+    with pytest.raises(ValueError, match="newest of Broken must be a whole number from 1 on"):
+        PreviewCallback(pipe, writer)
+
+
+def test_nothing_of_a_call_is_kept(pipe):
+    """Also of one that failed, once its files are complete: its frame would keep its tensors."""
+    callback = PreviewCallback(pipe, [].append)
+
+    class Marker:
+        """Something that the call knows."""
+
+    def failing(pipeline, step_index, timestep, callback_kwargs, marker=None):
+        callback(pipeline, step_index, timestep, callback_kwargs)
+        raise ValueError("boom")
+
+    marker = Marker()
+    alive, failing.marker = weakref.ref(marker), marker
+    with contextlib.suppress(ValueError):
+        run(pipe, failing)
+    wait_for_worker()
+    gc.disable()
+    try:
+        del failing, marker
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_stats(pipe):
     """What a run's previews came to can be read at any time, and afterwards."""
     callback = PreviewCallback(pipe, [].append)
@@ -803,12 +846,12 @@ def test_stats(pipe):
 
 def test_the_step_path_keeps_nothing(pipe):
     """What our own lines have allocated is as much after 120 steps as after 60."""
-    callback, sizes = PreviewCallback(pipe, queue.Queue(1)), []
+    callback, sizes = PreviewCallback(pipe, lambda frame: None), []
 
     def chained(pipeline, step_index, timestep, callback_kwargs):
         callback(pipeline, step_index, timestep, callback_kwargs)
         if step_index in (20, 60, 120):
-            while callback.stats.frames + callback.stats.dropped <= step_index:
+            while callback.stats.frames <= step_index:
                 time.sleep(0.01)
             gc.collect()
             ours = tracemalloc.Filter(inclusive=True, filename_pattern="*/sd_progress/*")
