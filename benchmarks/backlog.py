@@ -48,10 +48,10 @@ class Sleeper:
         """Do nothing."""
 
 
-def pipeline() -> StableDiffusion3Pipeline:
-    """One with 16 latent channels; only its scheduler is used."""
+def pipeline(channels: int = 16) -> StableDiffusion3Pipeline:
+    """One with so many latent channels; only its scheduler is used."""
     vae = AutoencoderKL(
-        latent_channels=16,
+        latent_channels=channels,
         block_out_channels=(4,),
         norm_num_groups=1,
         scaling_factor=1.5305,

@@ -508,8 +508,9 @@ def _let_the_run_go_first() -> None:
     """On Linux, the calling thread does not interrupt others when it is woken.
 
     It gets its share all the same, so that it is not starved while the run waits for what it holds.
-    Where torch uses all cores, handing over a frame otherwise took 5 ms instead of 0.3, because the
-    thread that was handed it took the place of the one that did.
+    Where torch uses all cores, handing over a frame otherwise takes milliseconds in some runs,
+    because the thread that is handed it takes the place of the one that does ("ms in callback" of
+    `benchmarks/overhead.py`).
     """
     with contextlib.suppress(OSError, AttributeError):  # elsewhere, or where it is forbidden
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -139,7 +139,7 @@ def test_denoised_latents_are_what_the_denoiser_knows(name):
             )
 
 
-@pytest.mark.parametrize("name", SHOWN[::6])
+@pytest.mark.parametrize("name", [*SHOWN[::6], *(x for x in SHOWN if "Inpaint" in x)])
 def test_x0_of_an_accelerator_is_the_same(name, monkeypatch):
     """There it is computed later, by the worker, of copies: here on the CPU for once, too."""
     known, _, _ = previewed(zoo.build(name))
