@@ -25,11 +25,13 @@ from .writers import (
 )
 
 if typing.TYPE_CHECKING:
+    from .calibration import CalibrationError, calibrate
     from .callback import PreviewCallback, RunCancelled
     from .decoders import Decoder
 
 __all__ = [
     "AnimationWriter",
+    "CalibrationError",
     "CallableWriter",
     "ContactSheetWriter",
     "Decoder",
@@ -43,12 +45,19 @@ __all__ = [
     "Stats",
     "Writer",
     "add_preview_arguments",
+    "calibrate",
     "demo_model_path",
     "preview_from_args",
     "writer_for",
 ]
 
-_NEED_TORCH = {"Decoder": "decoders", "PreviewCallback": "callback", "RunCancelled": "callback"}
+_NEED_TORCH = {
+    "CalibrationError": "calibration",
+    "Decoder": "decoders",
+    "PreviewCallback": "callback",
+    "RunCancelled": "callback",
+    "calibrate": "calibration",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .boundary import Boundary, OnError, warn
 from .cost import Stats, Stopwatch
-from .decoders import Decoder, decoder_maker, finished_images, vae_decoder
+from .decoders import Decoder, decoder_maker
 from .factors import Factors
 from .layouts import Layout, layout_for, reason_not_shown, vae_of
+from .pixels import finished_images
 from .run import Batch, Options, Parts, PreviewSource, Run, Step
 from .tap import (
     Call,
@@ -32,6 +33,7 @@ from .tap import (
     running_calls,
     schedulers_of,
 )
+from .vae import vae_decoder
 from .writers import Target, Writer, writer_for
 from .x0 import StepCall
 

@@ -1,26 +1,21 @@
-"""Owns how VAE-space latents become pixels: the linear map, principal components, the full VAE."""
+"""Owns how VAE-space latents become pixels on the cheap: linear maps, principal components."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from types import FunctionType
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from . import factors
 from .boundary import warn
-from .factors import Factors
+from .factors import Factors, Hidden, Polynomial, monomials
+from .pixels import to_uint8
 
 
 @runtime_checkable
@@ -38,30 +33,23 @@ class Decoder(Protocol):
         """(B, C, h, w) float on the CPU, VAE-space -> (B, H, W, 3) uint8 RGB."""
 
 
-class _Group(Protocol):
-    onload_device: torch.device
-
-
-class _GroupHook(Protocol):
-    group: _Group
-
-
 class LinearDecoder:
     """RGB by one small convolution, a few thousand times cheaper than the VAE.
 
     Args:
-        factors: the linear map.
+        factors: the map; what its `extra` adds is computed, too.
     """
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
-        self._weight = torch.from_numpy(np.ascontiguousarray(factors.weight))
-        self._bias = torch.from_numpy(np.ascontiguousarray(factors.bias))
+        self._weight = torch.from_numpy(factors.weight)
+        self._bias = torch.from_numpy(factors.bias)
+        self._more = _extra_part(factors.extra, factors.latent_channels)
 
     @property
     def name(self) -> str:
-        """`"linear:"` and the name of the factors."""
-        return f"linear:{self.factors.name}"
+        """The kind of the factors, a colon, and their name, for example `"linear:sd1"`."""
+        return f"{self.factors.kind}:{self.factors.name}"
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """(B, C, h, w) float on the CPU -> (B, h * upscale, w * upscale, 3) uint8.
@@ -69,16 +57,54 @@ class LinearDecoder:
         Raises:
             ValueError: the channel count is not the factors'.
         """
+        return to_uint8(self.decode_float(latents))
+
+    def decode_float(self, latents: Tensor) -> Tensor:
+        """What `decode` rounds: (B, 3, h * upscale, w * upscale) float32, nominally [-1, 1]."""
         if latents.shape[1] != self.factors.latent_channels:
             raise ValueError(
                 f"latents must be (B, {self.factors.latent_channels}, h, w) for factors "
                 f"{self.factors.name!r}, got {tuple(latents.shape)}; pass decoder='auto'"
             )
+        latents = latents.float()
         margin = self.factors.kernel_size // 2
         # replicated, because a border of zeros is grey only in sampler space
-        padded = functional.pad(latents.float(), (margin,) * 4, mode="replicate")
+        padded = functional.pad(latents, (margin,) * 4, mode="replicate")
         rgb = functional.conv2d(padded, self._weight, self._bias)  # (B, 3 * s * s, h, w)
-        return to_uint8(functional.pixel_shuffle(rgb, self.factors.upscale))
+        if self._more is not None:
+            rgb = rgb + self._more(latents, padded)
+        return functional.pixel_shuffle(rgb, self.factors.upscale)
+
+
+def _extra_part(
+    extra: Polynomial | Hidden | None, channels: int
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What is added to the affine part: a function of the latents, bare and padded."""
+    if extra is None:
+        return None
+    weight = torch.from_numpy(extra.weight)[:, :, None, None]
+    if isinstance(extra, Polynomial):
+        degree = extra.degree
+        return lambda bare, padded: functional.conv2d(products(bare, degree), weight)
+    kernel, bias = torch.from_numpy(extra.kernel), torch.from_numpy(extra.bias)
+    return lambda bare, padded: functional.conv2d(
+        functional.conv2d(padded, kernel, bias).relu(), weight
+    )
+
+
+def products(latents: Tensor, degree: int) -> Tensor:
+    """(B, C, h, w) -> (B, M, h, w): the `monomials` of each pixel."""
+    columns = _padded_monomials(latents.shape[1], degree).to(latents.device)
+    with_one = functional.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0)
+    first, second, third = (with_one[:, column] for column in columns.unbind(1))
+    return first.mul_(second) if degree == 2 else first.mul_(second).mul_(third)
+
+
+@functools.cache
+def _padded_monomials(channels: int, degree: int) -> Tensor:
+    """(M, 3) channel numbers; `channels` itself, where a one stands, for the absent factor."""
+    rows = [(*row, channels)[:3] for row in monomials(channels, degree)]
+    return torch.tensor(rows, device="cpu")
 
 
 class PixelDecoder:
@@ -137,134 +163,6 @@ class PcaDecoder:
         return mean, axes, variances.clamp_min(1e-12).sqrt()
 
 
-class VaeDecoder:
-    """The pipeline's own VAE, in the middle of its run, leaving no trace on it.
-
-    Runs on the caller's thread and stream. Weights that rest elsewhere, or in a half precision that
-    overflows (`force_upcast`), are lent copies for the time of the decode; the very same storages
-    are put back afterwards. Offload hooks of the pipeline are not woken.
-    """
-
-    name = "vae"
-
-    def __init__(self, vae: nn.Module) -> None:
-        self._vae = vae
-
-    def can_decode(self, latents: Tensor) -> bool:
-        """Whether all latents are finite, or ids of entries: masked tokens are not, until the end.
-
-        An id beyond the codebook is no mere error on an accelerator, which it can take down.
-        """
-        if latents.is_floating_point():
-            return bool(latents.isfinite().all())
-        entries = getattr(getattr(self._vae, "config", None), "num_vq_embeddings", 0)
-        return bool(((latents >= 0) & (latents < entries)).all())
-
-    def decode(
-        self,
-        latents: Tensor,
-        arguments: Mapping[str, object] | None = None,
-        value_range: tuple[float, float] = (-1.0, 1.0),
-    ) -> NDArray[np.uint8]:
-        """The first picture of each: of a video VAE, its first frame.
-
-        Args:
-            latents: (B, C, h, w), or (B, C, F, h, w) of a video VAE, VAE-space, any device; token
-                ids (B, h, w) for a VAE that takes those.
-            arguments: more keyword arguments for `vae.decode`.
-            value_range: of what `vae.decode` returns.
-
-        Returns:
-            (B, H, W, 3) uint8, full resolution.
-
-        Raises:
-            FloatingPointError: the VAE made values that are not finite.
-        """
-        device, dtype = _execution_device(self._vae), _decode_dtype(self._vae)
-        hooked = _streams_weights(self._vae)
-        placed = latents.to(device, dtype if latents.is_floating_point() else latents.dtype)
-        with torch.no_grad(), _own_random_state(device), _uncompiled(), ExitStack() as stack:
-            if not hooked:
-                stack.enter_context(_lent_weights(self._vae, device, dtype))
-            decode = _decode_method(self._vae, hooked=hooked)
-            extra = {**_arguments_for(self._vae, placed), **(arguments or {})}
-            (images, *_) = decode(_long_enough(self._vae, placed), **extra, return_dict=False)
-        images = images if images.ndim == 4 else images[:, :, 0]
-        images = images[:, :3].float().cpu()
-        if not images.isfinite().all():
-            raise FloatingPointError(
-                f"vae.decode must give finite values, got NaN or infinity in {dtype}; "
-                "load the VAE in bfloat16 or float32, or leave vae_every out"
-            )
-        low, high = value_range
-        return to_uint8((images - low) / (high - low) * 2 - 1)
-
-
-def _arguments_for(vae: nn.Module, latents: Tensor) -> dict[str, object]:
-    """What some decoders want to be told besides, by the names of their parameters."""
-    wanted = _parameters(getattr(type(vae), "decode"))  # noqa: B009 - nn.Module's type has none
-    config = getattr(vae, "config", None)
-    given: dict[str, object] = {}
-    if "num_frames" in wanted:  # of each clip, for a VAE that takes frames as a batch
-        given["num_frames"] = 1
-    if "temb" in wanted and getattr(config, "timestep_conditioning", False):
-        given["temb"] = latents.new_zeros(len(latents))  # of a finished picture
-    if "shape" in wanted and not latents.is_floating_point():
-        channels = getattr(config, "latent_channels", None)
-        given["shape"] = (*latents.shape, channels)
-        given["force_not_quantize"] = True
-    return given
-
-
-@functools.cache
-def _parameters(function: Callable[..., object]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _long_enough(vae: nn.Module, latents: Tensor) -> Tensor:
-    """One latent frame twice, for the one decoder that cannot take it alone."""
-    is_short = latents.ndim == 5 and latents.shape[2] == 1
-    repeats = 2 if is_short and type(vae).__name__ == "AutoencoderKLAllegro" else 1
-    return latents.repeat_interleave(repeats, dim=2) if repeats > 1 else latents
-
-
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, H, W) float, nominally [-1, 1] -> (B, H, W, 3) uint8 RGB; NaN becomes mid-grey."""
-    levels = (images.nan_to_num(0.0) / 2 + 0.5).clamp(0, 1) * 255
-    pixels = levels.round().to(torch.uint8).movedim(1, -1).contiguous()
-    return cast(NDArray[np.uint8], pixels.numpy())
-
-
-def finished_images(output: object, *, is_raw: bool = False) -> NDArray[np.uint8] | None:
-    """A pipeline's own pictures or clips, of any `output_type`.
-
-    Args:
-        output: PIL pictures, lists of them, an array or a tensor.
-        is_raw: whether a tensor is what the decoder returned, in [-1, 1] and not in [0, 1].
-
-    Returns:
-        (B, H, W, 3) or (B, F, H, W, 3) uint8; None for latents, for what is no picture, and for
-        pictures of different sizes.
-    """
-    if isinstance(output, list) and output:
-        if all(isinstance(x, Image.Image) for x in output):
-            return _stacked([np.asarray(picture.convert("RGB")) for picture in output])
-        clips = [finished_images(clip) for clip in output if isinstance(clip, list)]
-        known = [clip for clip in clips if clip is not None]
-        return _stacked(known) if len(known) == len(output) else None
-    if isinstance(output, np.ndarray) and output.ndim in (4, 5) and output.shape[-1] == 3:
-        return finished_images(torch.from_numpy(output).movedim(-1, -3))
-    if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-3] == 3:
-        values = output.detach().float().cpu().flatten(0, -4)
-        pixels = to_uint8(values if is_raw else values * 2 - 1)
-        return pixels.reshape(*output.shape[:-3], *pixels.shape[1:])
-    return None
-
-
-def _stacked(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8] | None:
-    return np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else None
-
-
 def decoder_maker(
     decoder: str | Factors | Decoder, vae: object, *, is_colour_known: bool
 ) -> Callable[[], Decoder]:
@@ -310,116 +208,3 @@ def _named_decoder(name: str, vae: object) -> Decoder:
         return LinearDecoder(factors.by_name(name, vae))
     except ValueError as error:
         raise ValueError(f"decoder must be 'auto' or the name of factors; {error}") from None
-
-
-def vae_decoder(vae: object) -> VaeDecoder:
-    """The full decoder of a pipeline's autoencoder.
-
-    Raises:
-        ValueError: the pipeline has none.
-    """
-    if not isinstance(vae, nn.Module):
-        raise ValueError(
-            f"vae_every must be None for a pipeline without a VAE, got {type(vae).__name__} as "
-            "its VAE; leave vae_every out"
-        )
-    return VaeDecoder(vae)
-
-
-def _decode_method(vae: nn.Module, *, hooked: bool) -> Callable[..., Sequence[Tensor]]:
-    """`vae.decode`; where no hooks bring its weights, past the one that offloads the denoiser."""
-    decode = getattr(type(vae), "decode")  # noqa: B009 - nn.Module's type has none
-    return functools.partial(decode if hooked else _without_forward_hook(decode), vae)
-
-
-def _without_forward_hook(decode: FunctionType) -> Callable[..., Sequence[Tensor]]:
-    """What `apply_forward_hook` decorated; before diffusers 0.42 only its closure knows."""
-    plain = getattr(decode, "__wrapped__", None)
-    if plain is None and "apply_forward_hook" in decode.__qualname__:
-        plain = inspect.getclosurevars(decode).nonlocals["method"]
-    return cast(Callable[..., Sequence[Tensor]], plain or decode)
-
-
-def _decoder_parts(vae: nn.Module) -> Iterator[nn.Module]:
-    """The submodules that decoding uses; the encoder may stay where it is."""
-    for name, child in vae.named_children():
-        if name not in ("encoder", "quant_conv"):
-            yield child
-
-
-def _tensors(vae: nn.Module) -> Iterator[Tensor]:
-    yield from vae.parameters(recurse=False)
-    yield from vae.buffers(recurse=False)
-    for part in _decoder_parts(vae):
-        yield from part.parameters()
-        yield from part.buffers()
-
-
-def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """What a decoder draws (some draw noise) is not drawn from the run's random state."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """A preview's shapes must not make the run's compiled decoder compile itself anew."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return contextlib.nullcontext()
-    return cast(AbstractContextManager[object], torch.compiler.set_stance("force_eager"))
-
-
-def _execution_device(vae: nn.Module) -> torch.device:
-    """Where its inputs must be: with offload hooks, not where its weights rest."""
-    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    found = next((device for device in devices if device is not None), None)
-    found = _group_onload_device(vae) if found is None else found
-    return next(_tensors(vae)).device if found is None else torch.device(found)
-
-
-def _group_onload_device(vae: nn.Module) -> torch.device | None:
-    for hook in _group_hooks(vae):
-        return hook.group.onload_device
-    return None
-
-
-def _group_hooks(vae: nn.Module) -> Iterator[_GroupHook]:
-    """The hooks of diffusers' group offloading, which bring the weights in group by group."""
-    for module in vae.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and "group_offloading" in registry.hooks:
-            yield registry.hooks["group_offloading"]
-
-
-def _decode_dtype(vae: nn.Module) -> torch.dtype:
-    dtype = next((p.dtype for p in _tensors(vae) if p.is_floating_point()), torch.float32)
-    upcast = bool(getattr(getattr(vae, "config", None), "force_upcast", False))
-    return torch.float32 if dtype == torch.float16 and upcast else dtype
-
-
-def _streams_weights(vae: nn.Module) -> bool:
-    """Whether hooks bring the weights in during the decode (sequential and group offload)."""
-    return any(tensor.is_meta for tensor in _tensors(vae)) or any(True for _ in _group_hooks(vae))
-
-
-@contextlib.contextmanager
-def _lent_weights(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """For the time of the block, the decoder's weights are on `device`, the floating ones `dtype`.
-
-    `tensor.data` is swapped rather than `vae.to()` called: afterwards every tensor has the storage
-    it had, so nothing is rounded, nothing is moved twice, and no hook is involved.
-    """
-    rest: list[tuple[Tensor, Tensor]] = []
-    try:
-        for tensor in _tensors(vae):
-            wanted = dtype if _needs_upcast(tensor, dtype) else tensor.dtype
-            if tensor.device != device or tensor.dtype != wanted:
-                rest.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(device, wanted)
-        yield
-    finally:
-        for tensor, data in rest:
-            tensor.data = data
-
-
-def _needs_upcast(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and tensor.dtype == torch.float16

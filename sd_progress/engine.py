@@ -100,7 +100,7 @@ class _Event(Protocol):
 
 def _cuda_event() -> _Event:
     """One that is slept for: a worker that waits must not keep a core busy."""
-    return cast(_Event, torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+    return cast(_Event, torch.cuda.Event(blocking=True))
 
 
 def _recorded(event: _Event) -> _Event:

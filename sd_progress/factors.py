@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,8 @@ from safetensors.numpy import save_file
 __all__ = [
     "Factors",
     "FactorsRegistry",
+    "Hidden",
+    "Polynomial",
     "VaeKey",
     "by_name",
     "default_registry",
@@ -39,11 +42,14 @@ Array = NDArray[np.float32]
 
 FORMAT = "sd_progress.factors"
 FORMAT_VERSION = "1"
+FORMAT_VERSION_WITH_EXTRA = "2"  # what reads only version 1 would leave the extra part out
 
 # Statistics come as buffers in the VAE's dtype; bfloat16 rounds to one part in 256.
 STATISTICS_RTOL = 4e-3
 STATISTICS_ATOL = 1e-3
 SCALE_RTOL = 1e-4
+
+MOST_CHANNELS_FOR_ALL_CUBES = 16
 
 # Classes whose own latents are a diffusion model's sampler-space latents, whatever the model.
 SAMPLER_SPACE_CLASSES = frozenset({"AutoencoderTiny"})
@@ -90,11 +96,108 @@ class VaeKey:
 
 
 @dataclass(frozen=True, eq=False)
+class Polynomial:
+    """Products of a pixel's own latents, for maps of degree 2 or 3.
+
+    Attributes:
+        weight: (3*s*s, M) float32, one column for each of `monomials(latent_channels, degree)`.
+        degree: the largest number of factors in a product, 2 or 3.
+
+    Raises:
+        ValueError: the degree is neither, or a number is not finite.
+    """
+
+    weight: Array
+    degree: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", _finite("weight", self.weight))
+        if self.degree not in (2, 3):
+            raise ValueError(f"degree must be 2 or 3, got {self.degree!r}; leave extra out for 1")
+
+    @property
+    def kind(self) -> str:
+        """How frames call a decoder of this kind."""
+        return "quadratic" if self.degree == 2 else "cubic"
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What a file holds of it."""
+        return {"polynomial": self.weight}
+
+    def check(self, latent_channels: int, kernel_size: int) -> None:
+        """Raise ValueError where it does not fit a map of so many latent channels."""
+        count = len(monomials(latent_channels, self.degree))
+        if self.weight.ndim != 2 or self.weight.shape[1] != count:
+            raise ValueError(
+                f"extra.weight must be (3*s*s, {count}) for {latent_channels} latent channels and "
+                f"degree {self.degree}, got {self.weight.shape}; fit it again"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """One hidden layer of a small network beside the linear map.
+
+    Attributes:
+        weight: (3*s*s, H) float32, from the hidden units to the outputs.
+        kernel: (H, C, k, k) float32, from a neighbourhood of latents to the hidden units.
+        bias: (H,) float32, of the hidden units, which are `relu(conv2d(latents, kernel) + bias)`.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+
+    weight: Array
+    kernel: Array
+    bias: Array
+
+    kind = "mlp"
+
+    def __post_init__(self) -> None:
+        for field in ("weight", "kernel", "bias"):
+            object.__setattr__(self, field, _finite(field, getattr(self, field)))
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What a file holds of it."""
+        return {
+            "hidden.weight": self.weight,
+            "hidden.kernel": self.kernel,
+            "hidden.bias": self.bias,
+        }
+
+    def check(self, latent_channels: int, kernel_size: int) -> None:
+        """Raise ValueError where it does not fit a map of such a neighbourhood."""
+        units = len(self.bias)
+        wanted = (units, latent_channels, kernel_size, kernel_size)
+        if self.kernel.shape != wanted or self.weight.shape[1:] != (units,):
+            raise ValueError(
+                f"extra.kernel must be {wanted} and extra.weight (3*s*s, {units}), got "
+                f"{self.kernel.shape} and {self.weight.shape}; fit it again"
+            )
+
+
+def monomials(channels: int, degree: int) -> list[tuple[int, ...]]:
+    """The products of 2 to `degree` latents of one pixel, each as the channels that it multiplies.
+
+    All of them; of degree 3 in more than 16 channels, only those of at most two different ones.
+    """
+    pairs = list(itertools.combinations_with_replacement(range(channels), 2))
+    if degree < 3:
+        return list(pairs)
+    if channels > MOST_CHANNELS_FOR_ALL_CUBES:
+        return [*pairs, *((i, i, j) for i in range(channels) for j in range(channels))]
+    return [*pairs, *itertools.combinations_with_replacement(range(channels), 3)]
+
+
+@dataclass(frozen=True, eq=False)
 class Factors:
     """One small convolution from VAE-space latents to RGB, nominally [-1, 1].
 
     The picture is `pixel_shuffle(conv2d(latents, weight) + bias, upscale)`, with the latents'
-    borders replicated, not filled with zeros: zero is no neutral value in VAE space.
+    borders replicated, not filled with zeros: zero is no neutral value in VAE space. What `extra`
+    makes of the latents is added before the shuffle.
 
     Attributes:
         weight: (3*s*s, C, k, k) float32, for latents as `vae.decode` is given them. Output channel
@@ -103,8 +206,12 @@ class Factors:
         name: short, for frames and messages, for example `"sd1"`.
         provenance: where the numbers come from.
         licence: under what terms.
-        psnr_db: against photographs at output resolution; None where nobody measured it.
+        psnr_db: against pictures that were not fitted on, at output resolution; None where nobody
+            measured it.
         vae_key: the VAE that these factors are for; None where it is not recorded.
+        extra: what goes beyond an affine map; None for most.
+        vae_hash: `fingerprint` of the very weights that they were fitted for; None where it is not
+            recorded.
 
     Raises:
         ValueError: a shape does not fit, k is even, or a number is not finite.
@@ -117,6 +224,8 @@ class Factors:
     licence: str = ""
     psnr_db: float | None = None
     vae_key: VaeKey | None = None
+    extra: Polynomial | Hidden | None = None
+    vae_hash: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("weight", "bias"):
@@ -124,8 +233,14 @@ class Factors:
         _check_weight(self.weight)
         _check_bias(self.bias, len(self.weight))
         for field in ("weight", "bias"):
-            if not np.isfinite(getattr(self, field)).all():
-                raise ValueError(f"{field} must be finite, got NaN or infinity; fit it again")
+            _finite(field, getattr(self, field))
+        if self.extra is not None:
+            self.extra.check(self.latent_channels, self.kernel_size)
+            if len(self.extra.weight) != len(self.weight):
+                raise ValueError(
+                    f"extra.weight must have {len(self.weight)} rows like weight, got "
+                    f"{len(self.extra.weight)}; fit it again"
+                )
 
     @classmethod
     def from_table(
@@ -165,6 +280,17 @@ class Factors:
             psnr_db=psnr_db,
             vae_key=vae_key,
         )
+
+    @property
+    def kind(self) -> str:
+        """How frames call its decoder: `"linear"`, `"quadratic"`, `"cubic"` or `"mlp"`."""
+        return "linear" if self.extra is None else self.extra.kind
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        extra = {} if self.extra is None else self.extra.arrays
+        return sum(array.size for array in (self.weight, self.bias, *extra.values()))
 
     @property
     def latent_channels(self) -> int:
@@ -567,6 +693,11 @@ def _in_space_of(factors: Factors, key: VaeKey) -> Factors:
         return factors
     if factors.vae_key.class_name in SAMPLER_SPACE_CLASSES:
         return factors
+    if factors.extra is not None:
+        raise ValueError(
+            f"name must be an affine map for a distilled VAE, got {factors.name!r} of kind "
+            f"{factors.kind!r}; calibrate the distilled VAE itself"
+        )
     # z = x / gain + centre of the full VAE, and x = (z' - centre') * gain' of the distilled one.
     gain, centre = _normalisation(factors.vae_key)
     tiny_gain, tiny_centre = _normalisation(key)
@@ -593,7 +724,9 @@ def save(factors: Factors, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file({"weight": factors.weight, "bias": factors.bias}, partial, _metadata(factors))
+        extra = {} if factors.extra is None else factors.extra.arrays
+        arrays = {"weight": factors.weight, "bias": factors.bias, **extra}
+        save_file(arrays, partial, _metadata(factors))
         partial.replace(target)
     finally:
         with contextlib.suppress(OSError):
@@ -630,7 +763,7 @@ def _metadata(factors: Factors) -> dict[str, str]:
     key = factors.vae_key
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _version_of(factors),
         "name": factors.name,
         "provenance": factors.provenance,
         "licence": factors.licence,
@@ -638,13 +771,22 @@ def _metadata(factors: Factors) -> dict[str, str]:
         "upscale": str(factors.upscale),
         "psnr_db": json.dumps(factors.psnr_db),
         "vae_key": json.dumps(None if key is None else asdict(key)),
+        "kind": factors.kind,
+        "vae_hash": json.dumps(factors.vae_hash),
     }
 
 
+def _version_of(factors: Factors) -> str:
+    return FORMAT_VERSION if factors.extra is None else FORMAT_VERSION_WITH_EXTRA
+
+
 def _factors_from(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Factors:
-    written = (metadata["format"], metadata["format_version"])
-    if written != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"format must be {FORMAT} {FORMAT_VERSION}, got {' '.join(written)}")
+    known = (FORMAT_VERSION, FORMAT_VERSION_WITH_EXTRA)
+    if metadata["format"] != FORMAT or metadata["format_version"] not in known:
+        raise ValueError(
+            f"format must be {FORMAT} {' or '.join(known)}, got {metadata['format']} "
+            f"{metadata['format_version']}"
+        )
     key = json.loads(metadata["vae_key"])
     return Factors(
         weight=arrays["weight"],
@@ -654,12 +796,29 @@ def _factors_from(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> F
         licence=metadata["licence"],
         psnr_db=json.loads(metadata["psnr_db"]),
         vae_key=None if key is None else _key_from(key),
+        extra=_extra_from(arrays, metadata.get("kind", "linear")),
+        vae_hash=json.loads(metadata.get("vae_hash", "null")),
     )
+
+
+def _extra_from(arrays: Mapping[str, Array], kind: str) -> Polynomial | Hidden | None:
+    if kind == "linear":
+        return None
+    if kind == Hidden.kind:
+        return Hidden(arrays["hidden.weight"], arrays["hidden.kernel"], arrays["hidden.bias"])
+    return Polynomial(arrays["polynomial"], {"quadratic": 2, "cubic": 3}[kind])
 
 
 def _key_from(fields: Mapping[str, object]) -> VaeKey:
     tuples = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
     return VaeKey(**{**fields, **tuples})  # type: ignore[arg-type]
+
+
+def _finite(name: str, values: ArrayLike) -> Array:
+    array = np.array(values, np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity; fit it again")
+    return array
 
 
 def _check_weight(weight: Array) -> None:

@@ -22,8 +22,8 @@ from PIL import Image
 
 from .arguments import UsageError
 from .callback import PreviewCallback
-from .decoders import finished_images
 from .frame import Frame
+from .pixels import finished_images
 from .run import PreviewSource
 from .schedulers import exchanged
 from .writers import AnimationWriter, ContactSheetWriter, PngFolderWriter

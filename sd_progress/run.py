@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .boundary import Boundary
 from .cost import Budget, Stats, Stopwatch
-from .decoders import Decoder, PixelDecoder, VaeDecoder
+from .decoders import Decoder, PixelDecoder
 from .engine import (
     PATIENCE_S,
     EveryBox,
@@ -31,6 +31,7 @@ from .engine import (
 from .frame import INITIAL_STEP_INDEX, Frame, Source
 from .layouts import Layout, LayoutError, Shown, Shows
 from .tap import Calls, SchedulerTap, is_running
+from .vae import VaeDecoder
 from .writers import Writer
 from .x0 import (
     READ_TENSORS,

@@ -8,8 +8,10 @@ import tiny
 import torch
 from torch.nn import functional
 
-from sd_progress.decoders import LinearDecoder, PcaDecoder, VaeDecoder, to_uint8
+from sd_progress.decoders import LinearDecoder, PcaDecoder
 from sd_progress.factors import Factors, by_name
+from sd_progress.pixels import to_uint8
+from sd_progress.vae import VaeDecoder
 
 
 def latents(*shape, seed=0):

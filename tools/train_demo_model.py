@@ -42,6 +42,8 @@ from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sd_progress.synthetic import dead_leaves
+
 HELD_OUT: Final = 1_000_000  # scenes from this number on are never trained on
 
 
@@ -51,6 +53,7 @@ class Settings:
 
     work: Path
     out: Path
+    start: Path | None
     scenes: int
     vae_minutes: float
     unet_minutes: float
@@ -289,10 +292,31 @@ def new_vae() -> AutoencoderKL:
     )
 
 
+LINEAR_KERNEL: Final = 5
+LEAVES: Final = 512  # synthetic pictures, so that the latents are as linear for what is no scene
+
+
+def new_linear_map() -> nn.Conv2d:
+    """4 latents of a neighbourhood to one small pixel: what a linear preview can see."""
+    return nn.Conv2d(4, 3, LINEAR_KERNEL, padding=LINEAR_KERNEL // 2, padding_mode="replicate")
+
+
 def train_vae(settings: Settings, worker: Worker, pictures: Tensor) -> AutoencoderKL:
-    """L1 + L2 + a little KL, on columns as high as the picture, on whole pictures at the end."""
-    vae = new_vae().to(settings.device)
+    """L1 + L2 + a little KL, on columns as high as the picture, on whole pictures at the end.
+
+    A linear map from the latents to the picture, eight times smaller, is trained with it: large
+    VAEs have nearly linear latents by themselves, one this small would keep its colours in the
+    context, and its linear previews would be muddy.
+    """
+    vae, linear = new_vae(), new_linear_map().to(settings.device)
+    if settings.start is not None:
+        vae = AutoencoderKL.from_pretrained(settings.start, subfolder="vae")
+    vae = vae.to(settings.device).train()
     held_out = held_out_pictures(64).to(settings.device)
+    leaves = dead_leaves(LEAVES, SIZE, torch.Generator().manual_seed(settings.seed))
+
+    def linear_error(latents: Tensor, x: Tensor) -> Tensor:
+        return F.mse_loss(linear(latents).float(), F.avg_pool2d(x, 8))
 
     def loss(share: float, generator: torch.Generator) -> Tensor:
         width, batch = (SIZE // 2, 4) if share < 0.7 else (SIZE, 4)
@@ -303,19 +327,26 @@ def train_vae(settings: Settings, worker: Worker, pictures: Tensor) -> Autoencod
         x = crops.to(settings.device)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        latents = posterior.mean + posterior.std * noise
+        y = vae.decode(latents).sample.float()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         error: Tensor = F.l1_loss(y, x) + 3 * F.mse_loss(y, x) + 1e-4 * kl
-        return error
+        row = torch.randint(len(leaves), (1,), generator=generator)
+        other = leaves[row, :, :, left : left + width].to(settings.device)
+        others_latents = vae.encode(other).latent_dist.mean
+        return error + linear_error(latents, x) + 0.5 * linear_error(others_latents, other)
 
     @torch.no_grad()
     def report(path: Path) -> str:
-        again = vae.decode(vae.encode(held_out).latent_dist.mean).sample
-        pairs = torch.stack([held_out[:24], again[:24]], 1).flatten(0, 1)
-        save_grid(path, pairs)
-        return f"held-out {psnr(held_out, again):.2f} dB"
+        latents = vae.encode(held_out).latent_dist.mean
+        again, small = vae.decode(latents).sample, linear(latents)
+        enlarged = F.interpolate(small, scale_factor=8)
+        triples = torch.stack([held_out[:24], again[:24], enlarged[:24]], 1).flatten(0, 1)
+        save_grid(path, triples, columns=9)
+        seen = psnr(F.avg_pool2d(again, 8), small)
+        return f"held-out {psnr(held_out, again):.2f} dB, linear map {seen:.2f} dB"
 
-    parameters = list(vae.parameters())
+    parameters = [*vae.parameters(), *linear.parameters()]
     stage = Stage("vae", parameters, loss, report, settings.vae_minutes, 2e-3, 0.998)
     train(stage, settings, worker)
     return vae.eval()
@@ -456,7 +487,7 @@ def train_unet(
     settings: Settings, worker: Worker, vae: AutoencoderKL, pictures: Tensor
 ) -> StableDiffusionPipeline:
     """Velocity prediction on cached latents, with captions dropped for guidance."""
-    pipeline = new_pipeline(vae).to(settings.device)
+    pipeline = new_pipeline(vae, settings.start).to(settings.device)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     latents = encoded_scenes(settings, worker, vae, pictures)
     captions = tokenised_captions(settings, pipeline.tokenizer)
@@ -508,14 +539,18 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler.from_config(config)
 
 
-def new_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """An untrained pipeline around a trained VAE."""
+def new_pipeline(vae: AutoencoderKL, start: Path | None) -> StableDiffusionPipeline:
+    """A pipeline around a trained VAE, untrained or with the weights of another."""
     tokenizer = new_tokenizer()
+    unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    if start is not None:
+        unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
+        text_encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder")
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=new_text_encoder(tokenizer),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=new_unet(),
+        unet=unet,
         scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -608,6 +643,11 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(__file__).parents[1] / "sd_progress" / "demo_model",
         help="folder that the finished pipeline is saved in (default: the one in the package)",
+    )
+    made.add_argument(
+        "--start",
+        type=Path,
+        help="folder of a pipeline like this one whose weights training goes on from",
     )
     made.add_argument(
         "--scenes", type=int, default=12_000, help="how many pictures to draw (default: 12000)"
