@@ -99,7 +99,9 @@ def calibrate(
     held_out: list[Pair] = []
     rows: list[tuple[Tensor, Tensor]] = []  # of a network only, which sees them many times
     began_s, seen = time.perf_counter(), 0
-    bar = tqdm(pictures, "calibrate", len(pictures), unit="batch", disable=not progress)
+    bar = tqdm(
+        pictures, "calibrate", len(pictures), unit="batch", leave=False, disable=not progress
+    )
     for number, batch in enumerate(bar):
         pair = space.pair(batch)
         seen += len(pair.latents)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .boundary import Boundary, OnError, warn
+from .choice import Calibrate, decoder_maker
 from .cost import Stats, Stopwatch
-from .decoders import Decoder, decoder_maker
+from .decoders import Decoder
 from .factors import Factors
 from .layouts import Layout, layout_for, reason_not_shown, vae_of
 from .pixels import finished_images
@@ -85,8 +86,14 @@ class PreviewCallback:
             `"both"` the noisy left of the denoised. Where x0 cannot be had the frame is noisy,
             and says so.
         batch: `"grid"` shows the whole batch, `"first"` its first picture only.
-        decoder: `"auto"` finds the linear map of the pipeline's VAE; or the name of factors
-            (`"sd1"`), a `Factors`, or any `Decoder`.
+        decoder: `"auto"` finds the linear map of the pipeline's VAE, or makes one; or the name of
+            factors (`"sd1"`), a `.safetensors` file of them, a `Factors`, `"pca"` (principal
+            components), `"channels"` (each latent channel in grey), or any `Decoder`.
+        calibrate: whether the VAE may be run here, before the run, to fit a map that is then kept
+            in the user's cache, or to check one that was given. `"auto"` does where the VAE is on
+            an accelerator or nothing is known of it (up to a minute on a CPU, once), `"always"`
+            also where there is a published map or a kept one, `"never"` does not. The environment
+            variable `SD_PROGRESS_CALIBRATE` takes the place of `"auto"`.
         keep_latents: put the VAE-space latents into each `Frame`.
         on_error: `"warn"` warns once for each part that fails and goes on; `"raise"` raises the
             failure out of the pipeline call.
@@ -124,6 +131,7 @@ class PreviewCallback:
         initial: bool = False,
         final: bool = False,
         budget: float | None = None,
+        calibrate: Calibrate = "auto",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check_pipeline(pipe)
@@ -150,7 +158,11 @@ class PreviewCallback:
         self._parts = Parts(
             options=self._options,
             make_decoder=decoder_maker(
-                decoder, vae, is_colour_known=layout is not None and layout.row.has_own_colours
+                decoder,
+                vae,
+                is_colour_known=layout is not None and layout.row.has_own_colours,
+                calibrate=calibrate,
+                refits=vae_every is not None,
             ),
             vae_decoder=None if vae_every is None else vae_decoder(vae),
             writers=tuple(map(_checked_writer, targets)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -12,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from . import factors
-from .boundary import warn
 from .factors import Factors, Hidden, Polynomial, monomials
 from .pixels import to_uint8
 
@@ -118,6 +117,31 @@ class PixelDecoder:
         return to_uint8(colours.float())
 
 
+class ChannelsDecoder:
+    """Each latent channel in grey, side by side: for those who study latents.
+
+    The channels of one picture share black and white: two and a half deviations of all of them.
+    """
+
+    name = "channels"
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(B, C, h, w) float on the CPU -> (B, rows * h, columns * w, 3) uint8, by channel."""
+        batch, channels, height, width = latents.shape
+        columns = math.ceil(math.sqrt(channels))
+        rows = math.ceil(channels / columns)
+        values = latents.float().nan_to_num(0.0, 0.0, 0.0)
+        centre = values.mean(dim=(1, 2, 3), keepdim=True)
+        spread = values.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+        grey = (values - centre) / (2.5 * spread)
+        missing = rows * columns - channels
+        cells = functional.pad(grey, (0, 0, 0, 0, 0, missing), value=-1.0)
+        sheet = cells.reshape(batch, rows, columns, height, width).transpose(2, 3)
+        return to_uint8(
+            sheet.reshape(batch, 1, rows * height, columns * width).expand(-1, 3, -1, -1)
+        )
+
+
 class PcaDecoder:
     """The first three principal components of the latents as RGB: an honest stand-in.
 
@@ -161,50 +185,3 @@ class PcaDecoder:
             axes = axes * torch.where((axes * self._axes).sum(dim=0) < 0, -1.0, 1.0)
         self._axes = axes
         return mean, axes, variances.clamp_min(1e-12).sqrt()
-
-
-def decoder_maker(
-    decoder: str | Factors | Decoder, vae: object, *, is_colour_known: bool
-) -> Callable[[], Decoder]:
-    """What gives each run its decoder: principal components start anew, all others are shared.
-
-    Args:
-        decoder: `"auto"`, the name of factors, a `Factors` or a `Decoder`.
-        vae: the autoencoder whose latents are decoded; None in pixel space.
-        is_colour_known: whether the pictures have their colours from elsewhere, so that a VAE
-            without a linear map is nothing to warn of.
-
-    Raises:
-        TypeError: `decoder` is none of these.
-        ValueError: there are no factors of that name.
-    """
-    if decoder == "auto":
-        found = None if vae is None else factors.find(vae)
-        if found is None and vae is not None and not is_colour_known:
-            warn(factors.explain_unknown(vae))
-        return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
-    return functools.partial(_itself, _decoder(decoder, vae))
-
-
-def _itself(decoder: Decoder) -> Decoder:
-    return decoder
-
-
-def _decoder(decoder: str | Factors | Decoder, vae: object) -> Decoder:
-    if isinstance(decoder, Factors):
-        return LinearDecoder(decoder)
-    if isinstance(decoder, str):
-        return _named_decoder(decoder, vae)
-    if isinstance(decoder, Decoder):
-        return decoder
-    raise TypeError(
-        f"decoder must be 'auto', the name of factors, a Factors or a Decoder, got "
-        f"{type(decoder).__name__}; a Decoder has `name` and `decode(latents)`"
-    )
-
-
-def _named_decoder(name: str, vae: object) -> Decoder:
-    try:
-        return LinearDecoder(factors.by_name(name, vae))
-    except ValueError as error:
-        raise ValueError(f"decoder must be 'auto' or the name of factors; {error}") from None

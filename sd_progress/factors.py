@@ -32,6 +32,7 @@ __all__ = [
     "describe_vae",
     "explain_unknown",
     "find",
+    "is_published",
     "load",
     "names",
     "register",
@@ -316,6 +317,7 @@ class FactorsRegistry:
         self._by_name: dict[str, Factors] = {}
         self._by_key: list[tuple[VaeKey, Factors]] = []
         self._fits: set[str] = set()  # made for one VAE of ours, whose latents no other shares
+        self._published: list[Factors] = []
         for factors in rows:
             self._add(factors, factors.vae_key)
 
@@ -326,6 +328,7 @@ class FactorsRegistry:
         for factors, keys in _published_rows():
             registry._by_name[factors.name] = factors
             registry._by_key += [(key, factors) for key in keys]
+            registry._published.append(factors)
         for factors in _shipped_fits():
             registry._add(factors, factors.vae_key)
             registry._fits.add(factors.name)
@@ -362,6 +365,10 @@ class FactorsRegistry:
         """
         key = describe_vae(vae)
         return next((row for known, row in reversed(self._by_key) if known.matches(key)), None)
+
+    def is_published(self, factors: Factors) -> bool:
+        """Whether they are a published table, and not a fit of ours or of the user's."""
+        return any(row is factors for row in self._published)
 
     def by_name(self, name: str, vae: object = None) -> Factors:
         """The factors called `name`.
@@ -425,6 +432,11 @@ def register(factors: Factors, vae: object = None) -> None:
 def find(vae: object) -> Factors | None:
     """`FactorsRegistry.find` of the default registry."""
     return default_registry().find(vae)
+
+
+def is_published(factors: Factors) -> bool:
+    """`FactorsRegistry.is_published` of the default registry."""
+    return default_registry().is_published(factors)
 
 
 def by_name(name: str, vae: object = None) -> Factors:

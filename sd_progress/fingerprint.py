@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES = 1024  # values looked at of each tensor
-IGNORED = ("_name_or_path", "_diffusers_version")  # of a config: where it lay, not what it is
 
 
 def fingerprint(vae: nn.Module) -> str | None:
@@ -24,28 +23,39 @@ def fingerprint(vae: nn.Module) -> str | None:
         64 hexadecimal digits; None where weights cannot be read (offloaded to disk).
     """
     vae = getattr(vae, "_orig_mod", vae)  # torch.compile's wrapper
-    state = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
+    found = [*vae.named_parameters(), *vae.named_buffers()]
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in found}  # compiled parts
     if not state or any(tensor.is_meta for tensor in state.values()):
         return None
+    names = sorted(state)
     digest = hashlib.sha256(json.dumps([type(vae).__name__, _config(vae)]).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    for sample in _samples([tensor for _, tensor in sorted(state.items())]):
+    for name in names:
+        digest.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
+    for sample in _samples([state[name] for name in names]):
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 
 def _config(vae: nn.Module) -> dict[str, str]:
+    """What it is, without where it lay and what wrote it; a file has lists for tuples."""
     config = getattr(vae, "config", None)
     items = dict(config) if isinstance(config, Mapping) else vars(config) if config else {}
-    return {name: repr(items[name]) for name in sorted(items) if name not in IGNORED}
+    names = sorted(name for name in items if not name.startswith("_"))
+    return {name: json.dumps(items[name], default=repr) for name in names}
 
 
 def _samples(tensors: list[Tensor]) -> list[Tensor]:
-    """Of each device, one copy to the CPU instead of one of each tensor."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
+    """Of each tensor, in their order; of each device, one copy to the CPU instead of many."""
+    by_device: dict[torch.device, list[int]] = {}
+    samples = []
+    for number, tensor in enumerate(tensors):
         flat = tensor.detach().reshape(-1)
         step = max(1, -(-flat.numel() // SAMPLES))
-        by_device.setdefault(tensor.device, []).append(flat[::step].to(torch.float32))
-    return [torch.cat(samples).cpu() for samples in by_device.values()]
+        samples.append(flat[::step].to(torch.float32))
+        by_device.setdefault(tensor.device, []).append(number)
+    for numbers in by_device.values():
+        lengths = [len(samples[number]) for number in numbers]
+        copied = torch.cat([samples[number] for number in numbers]).cpu().split(lengths)
+        for number, sample in zip(numbers, copied, strict=True):
+            samples[number] = sample
+    return samples

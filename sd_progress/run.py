@@ -30,6 +30,7 @@ from .engine import (
 )
 from .frame import INITIAL_STEP_INDEX, Frame, Source
 from .layouts import Layout, LayoutError, Shown, Shows
+from .refit import RefitDecoder
 from .tap import Calls, SchedulerTap, is_running
 from .vae import VaeDecoder
 from .writers import Writer
@@ -797,7 +798,8 @@ class Run:
         decoder, latents, source = job.decoder, None, job.source
         images = job.images.load() if isinstance(job.images, Stored) else job.images
         is_kept = self.parts.options.keep_latents
-        if job.layout is not None and (images is None or is_kept):
+        learner = None if images is None else self._learner(job)
+        if job.layout is not None and (images is None or is_kept or learner is not None):
             noisy, x0, context = _come(job.noisy), self._come_x0(job), _come(job.context)
             if x0 is None and isinstance(job.denoised, _Prediction):
                 noisy, source = job.denoised.sample() if noisy is None else noisy, "noisy"
@@ -810,6 +812,11 @@ class Run:
                 assert kept is not None
                 shown = _looked_at(job.layout, kept, context, values)
                 latents = shown.latents[: _count(self.parts.options.batch, shown.frames)]
+            if images is not None and learner is not None:
+                with self.parts.boundary.around("refitting the linear map"):
+                    self._learn(
+                        learner, job.layout, noisy if x0 is None else x0, context, values, images
+                    )
             if images is None:
                 pictured = _pictured(noisy, x0, job.noise_scale)
                 self._check_finite(pictured, job.step_index)
@@ -832,6 +839,30 @@ class Run:
             run_index=self.index,
             latents=latents,
         )
+
+    def _learner(self, job: _Job) -> RefitDecoder | None:
+        """What a full decode is shown to; a video's are of its first frame, which is no example."""
+        is_picture = isinstance(job.images, Stored) or job.images is None or job.images.ndim == 4
+        is_decoded = job.decoder == VaeDecoder.name and is_picture
+        return self._decoder if is_decoded and isinstance(self._decoder, RefitDecoder) else None
+
+    def _learn(
+        self,
+        learner: RefitDecoder,
+        layout: Layout,
+        latents: Tensor | None,
+        context: Tensor | None,
+        values: Mapping[str, object],
+        images: NDArray[np.uint8],
+    ) -> None:
+        """Show the decoded picture, the denoised one of two, and its latents to the map."""
+        if latents is None or images.ndim != 4:
+            return
+        shown = _looked_at(layout, latents, context, values)
+        pictures, frames = _as_pictures(layout.to_drawn(shown.latents, values), shown.frames)
+        if frames is None and pictures.is_floating_point():
+            width = pictures.shape[-1] * images.shape[1] // pictures.shape[-2]
+            learner.learn(pictures[: len(images)], images[:, :, -width:])
 
     def _come_x0(self, job: _Job) -> Tensor | None:
         if isinstance(job.denoised, _Prediction):

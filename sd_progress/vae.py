@@ -112,7 +112,7 @@ class VaeEncoder:
     def takes_video(self) -> bool:
         """Whether it encodes (B, 3, F, H, W) instead of (B, 3, H, W)."""
         encoder = cast(nn.Module, self._vae.encoder)
-        return any(isinstance(module, nn.Conv3d) for module in encoder.modules())
+        return any(_is_conv3d(type(module)) for module in encoder.modules())
 
     def encode(self, images: Tensor) -> Tensor:
         """The mean of the posterior, as `vae.decode` takes it.
@@ -139,6 +139,11 @@ class VaeEncoder:
         )
 
 
+def _is_conv3d(kind: type) -> bool:
+    """Also what only calls itself so: one video encoder's convolutions look at each frame alone."""
+    return issubclass(kind, nn.Conv3d) or kind.__name__.endswith("Conv3d")
+
+
 _Parts = Callable[[nn.Module], Iterator[nn.Module]]
 
 
@@ -147,7 +152,7 @@ def _at_work(
     vae: nn.Module, method: str, parts: _Parts
 ) -> Iterator[tuple[Callable[..., Any], torch.device, torch.dtype]]:
     """A method of the VAE, ready to be called, and where and in what its inputs must be."""
-    device, dtype = _execution_device(vae, parts), _work_dtype(vae, parts)
+    device, dtype = execution_device(vae, parts), _work_dtype(vae, parts)
     hooked = _streams_weights(vae, parts)
     with torch.no_grad(), _own_random_state(device), _uncompiled(), ExitStack() as stack:
         if not hooked:
@@ -242,7 +247,7 @@ def _uncompiled() -> AbstractContextManager[object]:
     return cast(AbstractContextManager[object], torch.compiler.set_stance("force_eager"))
 
 
-def _execution_device(vae: nn.Module, parts: _Parts) -> torch.device:
+def execution_device(vae: nn.Module, parts: _Parts = _decoder_parts) -> torch.device:
     """Where its inputs must be: with offload hooks, not where its weights rest."""
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)

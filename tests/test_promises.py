@@ -87,7 +87,12 @@ def test_run_is_bit_identical(name, config, dtype, tmp_path):
     plain = outcome(make_pipe, call, {}, False, tmp_path)
     watched = outcome(make_pipe, call, arguments, True, tmp_path)
     assert_same(plain[:3], watched[:3])
-    assert {frame.decoder for frame in watched[3]} == {"linear:sd1", "vae", "pipeline"}
+    assert {frame.decoder for frame in watched[3]} == {
+        "linear:sd1",
+        "linear+refit:sd1",
+        "vae",
+        "pipeline",
+    }
     assert {frame.source for frame in watched[3]} == {"noisy", "both", "final"}
 
 

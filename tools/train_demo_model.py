@@ -293,7 +293,8 @@ def new_vae() -> AutoencoderKL:
 
 
 LINEAR_KERNEL: Final = 5
-LEAVES: Final = 512  # synthetic pictures, so that the latents are as linear for what is no scene
+LEAVES: Final = 2048  # synthetic pictures, so that the latents are as linear for what is no scene
+LEAVES_COUNT_FOR: Final = 0.4  # of a scene
 
 
 def new_linear_map() -> nn.Conv2d:
@@ -315,26 +316,25 @@ def train_vae(settings: Settings, worker: Worker, pictures: Tensor) -> Autoencod
     held_out = held_out_pictures(64).to(settings.device)
     leaves = dead_leaves(LEAVES, SIZE, torch.Generator().manual_seed(settings.seed))
 
-    def linear_error(latents: Tensor, x: Tensor) -> Tensor:
-        return F.mse_loss(linear(latents).float(), F.avg_pool2d(x, 8))
-
     def loss(share: float, generator: torch.Generator) -> Tensor:
         width, batch = (SIZE // 2, 4) if share < 0.7 else (SIZE, 4)
         batch = max(1, batch // settings.workers)
         rows = torch.randint(len(pictures), (batch,), generator=generator)
+        row = torch.randint(len(leaves), (1,), generator=generator)
         left = int(torch.randint(SIZE - width + 1, (), generator=generator))
-        crops = to_float(pictures[rows, :, :, left : left + width])
-        x = crops.to(settings.device)
+        columns = slice(left, left + width)
+        crops = to_float(pictures[rows, :, :, columns])
+        x = torch.cat([crops, leaves[row, :, :, columns]]).to(settings.device)
+        counts = torch.tensor([1.0] * batch + [LEAVES_COUNT_FOR], device=x.device)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         latents = posterior.mean + posterior.std * noise
-        y = vae.decode(latents).sample.float()
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        error: Tensor = F.l1_loss(y, x) + 3 * F.mse_loss(y, x) + 1e-4 * kl
-        row = torch.randint(len(leaves), (1,), generator=generator)
-        other = leaves[row, :, :, left : left + width].to(settings.device)
-        others_latents = vae.encode(other).latent_dist.mean
-        return error + linear_error(latents, x) + 0.5 * linear_error(others_latents, other)
+        missing = vae.decode(latents).sample.float() - x
+        missing_small = linear(latents).float() - F.avg_pool2d(x, 8)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+        error = (missing.abs() + 3 * missing.square()).mean((1, 2, 3))
+        error = error + missing_small.square().mean((1, 2, 3)) + 1e-4 * kl.mean((1, 2, 3))
+        return (counts * error).sum() / batch
 
     @torch.no_grad()
     def report(path: Path) -> str:
