@@ -27,22 +27,26 @@ from .writers import (
 if typing.TYPE_CHECKING:
     from .calibration import CalibrationError, calibrate
     from .callback import PreviewCallback, RunCancelled
-    from .decoders import Decoder
+    from .decoders import ChannelsDecoder, Decoder, PCADecoder
+    from .tiny_decoder import TinyDecoder
 
 __all__ = [
     "AnimationWriter",
     "CalibrationError",
     "CallableWriter",
+    "ChannelsDecoder",
     "ContactSheetWriter",
     "Decoder",
     "Factors",
     "Frame",
+    "PCADecoder",
     "PngFolderWriter",
     "PreviewCallback",
     "PreviewWarning",
     "QueueWriter",
     "RunCancelled",
     "Stats",
+    "TinyDecoder",
     "Writer",
     "add_preview_arguments",
     "calibrate",
@@ -53,9 +57,12 @@ __all__ = [
 
 _NEED_TORCH = {
     "CalibrationError": "calibration",
+    "ChannelsDecoder": "decoders",
     "Decoder": "decoders",
+    "PCADecoder": "decoders",
     "PreviewCallback": "callback",
     "RunCancelled": "callback",
+    "TinyDecoder": "tiny_decoder",
     "calibrate": "calibration",
 }
 

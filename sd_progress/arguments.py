@@ -24,8 +24,9 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a script the preview flags, in a group of their own in its `--help`.
 
     They are `--write_intermediates DIR`, `--preview_gif PATH`, `--preview_every N`,
-    `--preview_vae_every N`, `--preview_source` and `--preview_budget SHARE`; dashes work as well
-    as underscores. `preview_from_args` makes a callback of what the user asked for.
+    `--preview_vae_every N`, `--preview_source`, `--preview_decoder NAME` and
+    `--preview_budget SHARE`; dashes work as well as underscores. `preview_from_args` makes a
+    callback of what the user asked for.
 
     Args:
         parser: gets one more argument group. Call `parser.set_defaults(preview_gif="run.gif")`
@@ -68,6 +69,14 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
         "both: side by side (default: %(default)s)",
     )
     group.add_argument(
+        *spellings("preview_decoder"),
+        default="auto",
+        metavar="NAME",
+        help="what turns latents into colours: auto finds or fits a map for the model's VAE; or "
+        "the name or the .safetensors file of a map, tiny:ID_OR_FOLDER of a distilled decoder, "
+        "pca, or channels, which shows each latent channel in grey (default: %(default)s)",
+    )
+    group.add_argument(
         *spellings("preview_budget"),
         type=_share,
         metavar="SHARE",
@@ -101,6 +110,7 @@ def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallba
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,
+        decoder=args.preview_decoder,
         budget=args.preview_budget,
     )
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .decoders import Decoder
 from .factors import Factors, describe_vae
 from .fingerprint import fingerprint
 from .latent_space import FEWEST_PICTURES, HELD_OUT_EVERY, Pictures, Source, Space, picture_files
 from .regression import Equations, Maker, Shape, best_ridge, with_network
-from .scores import Pair, Score, scored
+from .scores import BEST_FLAT_DB, Pair, Score, scored, scored_decoder
 from .share import Share
 
 __all__ = [
@@ -83,7 +84,7 @@ def calibrate(
         ValueError: an option is out of range, or there are too few pictures.
         TypeError: `vae` is no autoencoder.
         CalibrationError: the map is no better than flat pictures, or the VAE's own decoder does not
-            give back what it encoded.
+            give back what it encoded, or the latents are not finite.
     """
     _check(vae, kernel_size, upscale, degree, hidden_units, group)
     space = Space.of(vae)
@@ -93,48 +94,86 @@ def calibrate(
             "that is its full resolution"
         )
     share = Share(group)
-    pictures = Source.of(images, space, seed, share)
     shape = Shape(space.channels, kernel_size, upscale, degree)
-    equations = Equations.of(shape, space.device)
-    held_out: list[Pair] = []
-    rows: list[tuple[Tensor, Tensor]] = []  # of a network only, which sees them many times
-    began_s, seen = time.perf_counter(), 0
-    bar = tqdm(
+    pictures = Source.of(images, space, seed, share)
+    seen = _Seen(shape, space, keeps_rows=hidden_units > 0)
+    began_s = time.perf_counter()
+    for batch in tqdm(
         pictures, "calibrate", len(pictures), unit="batch", leave=False, disable=not progress
-    )
-    for number, batch in enumerate(bar):
-        pair = space.pair(batch)
-        seen += len(pair.latents)
-        if (number * share.count + share.rank) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
-            held_out.append(pair)
-        else:
-            for features, targets in shape.rows(pair):
-                equations.add(features, targets)
-                if hidden_units:
-                    rows.append((features.float(), targets.float()))
-        is_late = limit_s is not None and time.perf_counter() - began_s > limit_s
-        if is_late and held_out and seen >= FEWEST_PICTURES:
+    ):
+        seen.take(space.pair(batch), share)
+        if seen.own and group is None:  # of a group the others would wait for this process
+            _check_round_trip(vae, share.mean(seen.own), least_gain_db)
+        if limit_s is not None and seen.is_enough and time.perf_counter() - began_s > limit_s:
             break
-    share.add_up(equations.products, equations.targets)
-    words = f"{share.total(seen)} {pictures.words}"
+    share.add_up(seen.equations.products, seen.equations.targets)
+    whole = seen.equations.with_more(shape, seen.held_out, share)
+    _check_finite(vae, whole)
+    _check_round_trip(vae, share.mean(seen.own), least_gain_db)
+    words = f"{share.total(seen.pictures)} {pictures.words}"
     make = Maker(shape, name, words, describe_vae(vae), fingerprint(vae))
-    best, ridge = best_ridge(make, equations, held_out, share)
+    best, ridge = best_ridge(make, seen.equations, seen.held_out, share)
     if hidden_units:
-        best = with_network(shape, best, rows, held_out, hidden_units, seed)
-    found = share.mean([scored(best, pair, upscale) for pair in held_out])
-    own = share.mean([space.round_trip(pair) for pair in held_out[:1]])
-    if not (found.gain_db >= least_gain_db and own.gain_db >= least_gain_db):
-        raise CalibrationError(_refusal(vae, found, own, least_gain_db))
+        best = with_network(shape, best, seen.rows, seen.held_out, hidden_units, seed)
+    found = share.mean(scored(best, pair, upscale) for pair in seen.held_out)
+    if not found.gain_db >= least_gain_db:
+        raise CalibrationError(
+            f"the map must win {least_gain_db:g} dB over flat pictures, got {found} for "
+            f"{type(vae).__name__}; pass a larger kernel_size, or images like those that it was "
+            "trained on"
+        )
     if not hidden_units:  # the score stays that of the fit without them
-        best = make(equations.with_more(shape, held_out, share).solved(ridge), ridge)
+        best = make(whole.solved(ridge), ridge)
     return replace(best, psnr_db=round(found.psnr_db, 2))
 
 
-def score(factors: Factors, vae: nn.Module, images: Pictures | None = None, seed: int = 1) -> Score:
-    """How near a map comes to pictures that the VAE encodes, at the map's own resolution.
+class _Seen:
+    """What is kept of the pictures that were encoded so far.
+
+    Attributes:
+        equations: of all but those held out.
+        held_out: every so many pairs.
+        rows: those of the equations; of a network only, which sees them many times.
+        own: what the VAE itself makes of the first picture that is not flat.
+        pictures: how many there were.
+    """
+
+    def __init__(self, shape: Shape, space: Space, *, keeps_rows: bool) -> None:
+        self._shape, self._space, self._keeps_rows = shape, space, keeps_rows
+        self.equations = Equations.of(shape, space.device)
+        self.held_out: list[Pair] = []
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        self.own: list[Score] = []
+        self.pictures = self._batches = 0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether a map could be fitted; some of many processes hold none out."""
+        return self._batches >= HELD_OUT_EVERY and self.pictures >= FEWEST_PICTURES
+
+    def take(self, pair: Pair, share: Share) -> None:
+        """Take one more batch in."""
+        if not self.own:
+            own = self._space.round_trip(pair)
+            self.own += [own] if own.flat_db < BEST_FLAT_DB else []
+        number, self._batches = self._batches, self._batches + 1
+        self.pictures += len(pair.latents)
+        if (number * share.count + share.rank) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+            self.held_out.append(pair)
+            return
+        for features, targets in self._shape.rows(pair):
+            self.equations.add(features, targets)
+            if self._keeps_rows:
+                self.rows.append((features.float(), targets.float()))
+
+
+def score(
+    drawer: Factors | Decoder, vae: nn.Module, images: Pictures | None = None, seed: int = 1
+) -> Score:
+    """How near a map or a decoder comes to pictures that the VAE encodes.
 
     Args:
-        factors: the map.
+        drawer: the map, scored at its own resolution; or a decoder, scored at one pixel per latent.
         vae: the VAE that encodes.
         images: as in `calibrate`; left out, a few synthetic pictures.
         seed: of the synthetic pictures.
@@ -143,14 +182,16 @@ def score(factors: Factors, vae: nn.Module, images: Pictures | None = None, seed
         ValueError: the channels of the two differ.
     """
     space = Space.of(vae)
-    if factors.latent_channels != space.channels:
+    source = Source.of(images, space, seed, Share(None), few=images is None)
+    pairs = (space.pair(batch) for batch in source)
+    if not isinstance(drawer, Factors):
+        return Share(None).mean(scored_decoder(drawer, pair) for pair in pairs)
+    if drawer.latent_channels != space.channels:
         raise ValueError(
             f"factors must have {space.channels} latent channels for this VAE, got "
-            f"{factors.latent_channels}; pass factors that were fitted for it"
+            f"{drawer.latent_channels}; pass factors that were fitted for it"
         )
-    source = Source.of(images, space, seed, Share(None), few=images is None)
-    scores = [scored(factors, space.pair(batch), factors.upscale) for batch in source]
-    return Share(None).mean(scores)
+    return Share(None).mean(scored(drawer, pair, drawer.upscale) for pair in pairs)
 
 
 def round_trip(vae: nn.Module, seed: int = 1) -> Score:
@@ -190,14 +231,17 @@ def _check(
         )
 
 
-def _refusal(vae: nn.Module, found: Score, own: Score, least_gain_db: float) -> str:
-    who = type(vae).__name__
-    if not own.gain_db >= least_gain_db:
-        return (
-            f"vae must give back what it encodes, got {own} from {who}; "
+def _check_finite(vae: nn.Module, equations: Equations) -> None:
+    if not (equations.products.isfinite().all() and equations.targets.isfinite().all()):
+        raise CalibrationError(
+            f"vae must make finite values, got NaN or infinity from {type(vae).__name__}; "
+            "load it in bfloat16 or float32"
+        )
+
+
+def _check_round_trip(vae: nn.Module, own: Score, least_gain_db: float) -> None:
+    if own.gain_db < least_gain_db:  # what is not finite is told of otherwise
+        raise CalibrationError(
+            f"vae must give back what it encodes, got {own} from {type(vae).__name__}; "
             "its weights seem to be untrained or broken"
         )
-    return (
-        f"the map must win {least_gain_db:g} dB over flat pictures, got {found} for {who}; "
-        "pass a larger kernel_size, or images like those that it was trained on"
-    )

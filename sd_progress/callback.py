@@ -88,7 +88,8 @@ class PreviewCallback:
         batch: `"grid"` shows the whole batch, `"first"` its first picture only.
         decoder: `"auto"` finds the linear map of the pipeline's VAE, or makes one; or the name of
             factors (`"sd1"`), a `.safetensors` file of them, a `Factors`, `"pca"` (principal
-            components), `"channels"` (each latent channel in grey), or any `Decoder`.
+            components), `"channels"` (each latent channel in grey), `"tiny:madebyollin/taesd"` (a
+            distilled decoder, see `TinyDecoder`), or any `Decoder`.
         calibrate: whether the VAE may be run here, before the run, to fit a map that is then kept
             in the user's cache, or to check one that was given. `"auto"` does where the VAE is on
             an accelerator or nothing is known of it (up to a minute on a CPU, once), `"always"`

@@ -14,14 +14,16 @@ from torch import nn
 from . import cache, factors
 from .boundary import warn
 from .calibration import LEAST_GAIN_DB, CalibrationError, calibrate, round_trip, score
-from .decoders import ChannelsDecoder, Decoder, LinearDecoder, PcaDecoder
+from .decoders import ChannelsDecoder, Decoder, LinearDecoder, PCADecoder
 from .factors import Factors
 from .fingerprint import fingerprint
 from .refit import RefitDecoder
+from .tiny_decoder import TinyDecoder
 from .vae import VaeEncoder, execution_device
 
 Calibrate = Literal["auto", "always", "never"]
 
+TINY_PREFIX: Final = "tiny:"
 CALIBRATE_VARIABLE: Final = "SD_PROGRESS_CALIBRATE"
 # What the first preview of an unknown VAE may cost on a CPU, once; then it is kept.
 MOST_SECONDS: Final = 60.0
@@ -42,8 +44,8 @@ def decoder_maker(
     """What gives each run its decoder: those that learn start anew, all others are shared.
 
     Args:
-        decoder: `"auto"`, `"pca"`, `"channels"`, the name of factors, a file of factors, a
-            `Factors` or a `Decoder`.
+        decoder: `"auto"`, `"pca"`, `"channels"`, the name of factors, a file of factors, `"tiny:"`
+            and the Hub id or the folder of an `AutoencoderTiny`, a `Factors` or a `Decoder`.
         vae: the autoencoder whose latents are decoded; None in pixel space.
         is_colour_known: whether the pictures have their colours from elsewhere, so that a VAE
             without a linear map is nothing to warn of.
@@ -59,9 +61,13 @@ def decoder_maker(
         found = None if vae is None else _automatic(vae, when, is_colour_known=is_colour_known)
         return _maker_of(found, refits=refits and vae is not None)
     if decoder == "pca":
-        return PcaDecoder
+        return PCADecoder
     if decoder == "channels":
         return ChannelsDecoder
+    if isinstance(decoder, str) and decoder.startswith(TINY_PREFIX):
+        decoder = TinyDecoder(decoder.removeprefix(TINY_PREFIX))
+    if isinstance(decoder, TinyDecoder):
+        return functools.partial(_itself, _bound(decoder, vae, when))
     if isinstance(decoder, str | Factors):
         given = _named(decoder, vae) if isinstance(decoder, str) else decoder
         if when != "never":
@@ -90,7 +96,7 @@ def _when(calibrate: str) -> Calibrate:
 def _maker_of(found: Factors | None, *, refits: bool) -> Callable[[], Decoder]:
     if refits:
         return functools.partial(RefitDecoder, found)
-    return PcaDecoder if found is None else functools.partial(_itself, LinearDecoder(found))
+    return PCADecoder if found is None else functools.partial(_itself, LinearDecoder(found))
 
 
 def _itself(decoder: Decoder) -> Decoder:
@@ -104,8 +110,8 @@ def _named(name: str, vae: object) -> Factors:
         return factors.by_name(name, vae)
     except ValueError as error:
         raise ValueError(
-            f"decoder must be 'auto', 'pca', 'channels', a .safetensors file or the name of "
-            f"factors; {error}"
+            f"decoder must be 'auto', 'pca', 'channels', 'tiny:MODEL', a .safetensors file or the "
+            f"name of factors; {error}"
         ) from None
 
 
@@ -114,11 +120,10 @@ def _named(name: str, vae: object) -> Factors:
 
 def _automatic(vae: object, when: Calibrate, *, is_colour_known: bool) -> Factors | None:
     """The best map that there is, or that can be had now; what happened is logged."""
-    published = factors.find(vae)
-    if published is not None and not factors.is_published(published):
-        if published.vae_hash in (None, _hash_of(vae)):
-            return published
-        published = None  # a fit for other weights, which only look alike
+    published = factors.find(vae, vae_hash=_hash_of(vae))
+    is_fit = published is not None and not factors.is_published(published)
+    if is_fit and when != "always":
+        return published
     if when == "never" or is_colour_known or not _can_calibrate(vae):
         if published is None and not is_colour_known:
             warn(factors.explain_unknown(vae))
@@ -181,14 +186,16 @@ def _can_calibrate(vae: object) -> bool:
     if not isinstance(vae, nn.Module) or not VaeEncoder(vae).exists:
         return False
     config = getattr(vae, "config", None)
-    return getattr(config, "in_channels", 3) == 3 and _hash_of(vae) is not None
+    patch = getattr(config, "patch_size", None) or 1  # some count the pixels of a patch as channels
+    has_colours = getattr(config, "in_channels", 3) in (3, 3 * patch**2)
+    return has_colours and _hash_of(vae) is not None
 
 
 def _hash_of(vae: object) -> str | None:
     return fingerprint(vae) if isinstance(vae, nn.Module) else None
 
 
-# --- a map that was given
+# --- what was given
 
 
 def _check_pair(given: Factors, vae: object) -> None:
@@ -208,16 +215,39 @@ def _check_pair(given: Factors, vae: object) -> None:
     is_fit = given.vae_hash is not None
     if given.vae_hash == _hash_of(vae) or (not is_fit and _keys_match(given, vae)):
         return
+    _check_drawing(given, vae, LEAST_GAIN_DB if is_fit else WORST_GAIN_DB)
+
+
+def _bound(tiny: TinyDecoder, vae: object, when: Calibrate) -> TinyDecoder:
+    """A distilled decoder, set up for the VAE and tried on it.
+
+    Raises:
+        ValueError: it was made for another VAE.
+    """
+    if vae is None:
+        return tiny
+    bound = tiny.for_vae(vae)
+    if when != "never" and isinstance(vae, nn.Module):
+        _check_drawing(bound, vae, LEAST_GAIN_DB)
+    return bound
+
+
+def _check_drawing(given: Factors | TinyDecoder, vae: nn.Module, least_gain_db: float) -> None:
+    """Let it draw a few pictures that the VAE encoded; where even the VAE cannot, it may be right.
+
+    Raises:
+        ValueError: it draws worse than this.
+    """
     try:
         found, own = score(given, vae), round_trip(vae)
     except Exception as error:
-        _log.info("the map %r could not be checked against the VAE: %s", given.name, error)
+        _log.info("%r could not be tried on the VAE: %s", given.name, error)
         return
-    least = LEAST_GAIN_DB if is_fit else WORST_GAIN_DB
-    if own.gain_db >= LEAST_GAIN_DB and found.gain_db < least:
+    if own.gain_db >= LEAST_GAIN_DB and found.gain_db < least_gain_db:
+        kind = "map" if isinstance(given, Factors) else "distilled decoder"
         raise ValueError(
-            f"decoder must be a map of this VAE, got {given.name!r}, which draws it with {found}; "
-            "pass decoder='auto', or calibrate='never' to use it all the same"
+            f"decoder must be a {kind} of this VAE, got {given.name!r}, which draws it with "
+            f"{found}; pass decoder='auto', or calibrate='never' to use it all the same"
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from torch.nn import functional
 
 from .factors import Factors, Hidden, Polynomial, monomials
 from .pixels import to_uint8
+
+# Where one product of matrices is faster than a convolution; measured on two cores of a CPU.
+MOST_TAPS: Final = 80  # outputs times kernel
+FEWEST_CHANNELS: Final = 16
 
 
 @runtime_checkable
@@ -41,8 +46,7 @@ class LinearDecoder:
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
-        self._weight = torch.from_numpy(factors.weight)
-        self._bias = torch.from_numpy(factors.bias)
+        self._convolve = _convolution(factors)
         self._more = _extra_part(factors.extra, factors.latent_channels)
 
     @property
@@ -69,10 +73,35 @@ class LinearDecoder:
         margin = self.factors.kernel_size // 2
         # replicated, because a border of zeros is grey only in sampler space
         padded = functional.pad(latents, (margin,) * 4, mode="replicate")
-        rgb = functional.conv2d(padded, self._weight, self._bias)  # (B, 3 * s * s, h, w)
+        rgb = self._convolve(padded)  # (B, 3 * s * s, h, w)
         if self._more is not None:
             rgb = rgb + self._more(latents, padded)
         return functional.pixel_shuffle(rgb, self.factors.upscale)
+
+
+def _convolution(factors: Factors) -> Callable[[Tensor], Tensor]:
+    """`conv2d` with the factors' weight and bias, as fast as this machine does it.
+
+    From many channels to few outputs, all taps at once as one product of matrices, then shifted and
+    added, take less than half of the time of torch's `conv2d` on one core of a CPU.
+    """
+    weight, bias = torch.from_numpy(factors.weight), torch.from_numpy(factors.bias)
+    outputs, channels, side, _ = weight.shape
+    if side == 1 or outputs * side**2 > MOST_TAPS or channels < FEWEST_CHANNELS:
+        return lambda padded: functional.conv2d(padded, weight, bias)
+    taps = weight.permute(2, 3, 0, 1).reshape(-1, channels).contiguous()
+
+    def convolve(padded: Tensor) -> Tensor:
+        batch, _, height, width = padded.shape
+        height, width = height - side + 1, width - side + 1
+        rgb = bias[:, None, None].expand(batch, -1, height, width).clone()
+        for one, drawn in zip(padded, rgb, strict=True):
+            planes = (taps @ one.flatten(1)).view(side, side, outputs, *one.shape[1:])
+            for y, x in itertools.product(range(side), repeat=2):
+                drawn += planes[y, x, :, y : y + height, x : x + width]
+        return rgb
+
+    return convolve
 
 
 def _extra_part(
@@ -142,7 +171,7 @@ class ChannelsDecoder:
         )
 
 
-class PcaDecoder:
+class PCADecoder:
     """The first three principal components of the latents as RGB: an honest stand-in.
 
     Shapes are right, colours mean nothing. The components are those of all latents seen so far in

@@ -87,6 +87,13 @@ class VaeKey:
             and _statistics_match(self.latents_std, other.latents_std)
         )
 
+    @property
+    def normalisation(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(gain, centre), each (C,) or (1,): sampler-space latents are `(z - centre) * gain`."""
+        if self.latents_mean is None or self.latents_std is None:
+            return np.array([self.scaling_factor]), np.array([self.shift_factor])
+        return self.scaling_factor / np.array(self.latents_std), np.array(self.latents_mean)
+
     def __str__(self) -> str:
         statistics = "" if self.latents_mean is None else ", latents_mean and latents_std"
         return (
@@ -357,14 +364,20 @@ class FactorsRegistry:
             )
         self._add(replace(factors, vae_key=key), key)
 
-    def find(self, vae: object) -> Factors | None:
+    def find(self, vae: object, *, vae_hash: str | None = None) -> Factors | None:
         """The factors for a VAE, or None if its latent space is not known.
 
         Args:
             vae: any diffusers autoencoder, or its `VaeKey`.
+            vae_hash: `fingerprint` of its weights; given, what was fitted for other weights, which
+                only look alike, is passed over.
         """
         key = describe_vae(vae)
-        return next((row for known, row in reversed(self._by_key) if known.matches(key)), None)
+        rows = (row for known, row in reversed(self._by_key) if known.matches(key))
+        return next(
+            (row for row in rows if None in (vae_hash, row.vae_hash) or row.vae_hash == vae_hash),
+            None,
+        )
 
     def is_published(self, factors: Factors) -> bool:
         """Whether they are a published table, and not a fit of ours or of the user's."""
@@ -429,9 +442,9 @@ def register(factors: Factors, vae: object = None) -> None:
     default_registry().register(factors, vae)
 
 
-def find(vae: object) -> Factors | None:
+def find(vae: object, *, vae_hash: str | None = None) -> Factors | None:
     """`FactorsRegistry.find` of the default registry."""
-    return default_registry().find(vae)
+    return default_registry().find(vae, vae_hash=vae_hash)
 
 
 def is_published(factors: Factors) -> bool:
@@ -601,7 +614,7 @@ def _published_row(name: str, table: _Table, detail: _Detail, family: _Family) -
     matrix = np.array(table["factors"], np.float64).T * scale  # (3, C)
     bias = np.array(table["bias"] or [0.0, 0.0, 0.0], np.float64) * scale + offset
     if detail.get("input", "sampler") == "sampler":
-        gain, centre = _normalisation(key)
+        gain, centre = key.normalisation
         matrix, bias = _with_input(matrix, bias, gain, -gain * centre)
     notes = (table["source"], table["note"].strip("; "), detail.get("caveat"))
     return Factors(
@@ -673,13 +686,6 @@ def _read_json(name: str) -> dict[str, object]:
 # --- latent spaces
 
 
-def _normalisation(key: VaeKey) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(gain, centre), each (C,) or (1,): sampler-space latents are `(z - centre) * gain`."""
-    if key.latents_mean is None or key.latents_std is None:
-        return np.array([key.scaling_factor]), np.array([key.shift_factor])
-    return key.scaling_factor / np.array(key.latents_std), np.array(key.latents_mean)
-
-
 def _with_input(
     weight: NDArray[np.float64],
     bias: NDArray[np.float64],
@@ -711,8 +717,8 @@ def _in_space_of(factors: Factors, key: VaeKey) -> Factors:
             f"{factors.kind!r}; calibrate the distilled VAE itself"
         )
     # z = x / gain + centre of the full VAE, and x = (z' - centre') * gain' of the distilled one.
-    gain, centre = _normalisation(factors.vae_key)
-    tiny_gain, tiny_centre = _normalisation(key)
+    gain, centre = factors.vae_key.normalisation
+    tiny_gain, tiny_centre = key.normalisation
     weight, bias = _with_input(
         factors.weight.astype(np.float64),
         factors.bias.astype(np.float64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -182,13 +183,13 @@ def load(task: Task) -> DiffusionPipeline:
         UsageError: there is no such model, device or scheduler.
     """
     device = device_named(task.device)
-    dtype = _best_dtype(device) if task.dtype == "auto" else DTYPES[task.dtype]
-    is_folder = _is_model_folder(task.model)
+    dtype = dtype_named(task.dtype, device)
+    is_folder = is_model_folder(task.model, "model_index.json")
     try:
-        with _quietly(is_quick=is_folder):
+        with quietly(is_quick=is_folder):
             pipe = _from_pretrained(task.model, dtype)
     except (OSError, ValueError) as error:
-        raise UsageError(_no_model(task.model, one_line(error))) from error
+        raise UsageError(no_model(task.model, one_line(error))) from error
     if task.scheduler is not None:
         try:
             pipe.scheduler = exchanged(pipe.scheduler, task.scheduler)
@@ -258,6 +259,11 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def dtype_named(name: str, device: torch.device) -> torch.dtype:
+    """A key of `DTYPES`, or for `"auto"` what suits the device."""
+    return _best_dtype(device) if name == "auto" else DTYPES[name]
+
+
 def one_line(error: Exception) -> str:
     """The message of an error, on one line."""
     return " ".join(str(error).split())
@@ -284,37 +290,47 @@ def _best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
-def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+def loading_options(dtype: torch.dtype) -> dict[str, object]:
+    """What every `from_pretrained` of diffusers is given."""
     has_dtype = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)
-    options = {
+    return {
         "dtype" if has_dtype else "torch_dtype": dtype,
         "low_cpu_mem_usage": is_accelerate_available(),  # diffusers' default, without its warning
     }
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    options = loading_options(dtype)
     try:
         return AutoPipelineForText2Image.from_pretrained(model, **options)
     except ValueError:  # a class that has no other tasks, and so is not in that table
         return DiffusionPipeline.from_pretrained(model, **options)
 
 
-def _is_model_folder(model: str) -> bool:
-    """Whether the model is a folder; a Hub id is not, and looks like `owner/name`."""
+def is_model_folder(model: str, *files: str) -> bool:
+    """Whether the model is a folder; a Hub id is not, and looks like `owner/name`.
+
+    Raises:
+        UsageError: it is a folder without any of these files, or one that is not there.
+    """
     folder = Path(model)
-    if (folder / "model_index.json").is_file():
+    if any((folder / file).is_file() for file in files):
         return True
     if folder.exists():
-        raise UsageError(_no_model(model, "it has no model_index.json"))
+        raise UsageError(no_model(model, f"it has no {' and no '.join(files)}"))
     if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise UsageError(_no_model(model, "there is no such folder"))
+        raise UsageError(no_model(model, "there is no such folder"))
     return False
 
 
-def _no_model(model: str, cause: str) -> str:
+def no_model(model: str, cause: str) -> str:
+    """What to tell the user about a model that cannot be loaded."""
     expected = "--model must be a model id of the Hugging Face Hub or a diffusers folder"
     return f"{expected}, got {model!r}; {cause}"
 
 
 @contextmanager
-def _quietly(*, is_quick: bool) -> Iterator[None]:
+def quietly(*, is_quick: bool) -> Iterator[None]:
     """Without the libraries' notices, and without their progress bars for what is over at once."""
     loggers = diffusers.utils.logging, transformers.utils.logging
     before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
@@ -323,7 +339,10 @@ def _quietly(*, is_quick: bool) -> Iterator[None]:
         if is_quick:
             logger.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # of what diffusers, not the user, passes to the Hub's client
+            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+            yield
     finally:
         for logger, (verbosity, has_bars) in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)

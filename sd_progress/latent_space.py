@@ -72,13 +72,17 @@ class Space:
                 f"vae must be an autoencoder of pictures, got {type(vae).__name__}; pass pipe.vae"
             )
         side = 16
-        decoder = VaeDecoder(vae)
-        pictures = decoder.decode_float(torch.zeros(1, key.latent_channels, side, side))
+        latents = torch.zeros(1, key.latent_channels, side, side, device="cpu")
+        problem = TypeError(
+            f"vae must have an encoder if it is one of videos, got {type(vae).__name__} without; "
+            "pass factors that were fitted with it"
+        )
+        try:
+            pictures = VaeDecoder(vae).decode_float(latents)
+        except (IndexError, RuntimeError, ValueError) as error:  # there is no axis of frames
+            raise problem from error
         if pictures.ndim != 4:
-            raise TypeError(
-                f"vae must have an encoder if it is one of videos, got {type(vae).__name__} "
-                "without; pass factors that were fitted with it"
-            )
+            raise problem
         ratio = round(pictures.shape[-1] / side)
         return cls(vae, key.latent_channels, ratio, 1, False, pictures.device, False)
 
@@ -106,11 +110,12 @@ class Space:
 
 def _temporal_ratio(vae: nn.Module) -> int:
     """Frames per latent frame, as far as the VAE says it."""
-    config = getattr(vae, "config", None)
     for name in ("temporal_compression_ratio", "scale_factor_temporal"):
-        value = getattr(vae, name, None) or getattr(config, name, None)
-        if isinstance(value, int):
-            return value
+        # config first: diffusers warns about config values that are read as attributes
+        for owner in (getattr(vae, "config", None), vae):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
     return 4
 
 
@@ -127,12 +132,20 @@ class Source:
         """The user's pictures, or synthetic ones; this process's share of them.
 
         Raises:
-            ValueError: there are too few, or none in the folder.
+            ValueError: there are too few, or none in the folder, or they are no pictures, or the
+                VAE cannot encode them.
         """
         if images is None:
             return cls._made(space, seed, share, few=few)
+        if not space.can_encode:
+            raise ValueError(
+                f"images must be None for a VAE without an encoder, got {type(images).__name__}; "
+                "leave it out to fit on made-up latents"
+            )
         if isinstance(images, str | os.PathLike):
             images = picture_files(images)
+        if isinstance(images, Tensor):
+            _check_tensor(images)
         batches: Sequence[Picture] = list(images.split(1) if isinstance(images, Tensor) else images)
         if len(batches) < HELD_OUT_EVERY * share.count:
             raise ValueError(
@@ -194,13 +207,21 @@ class Source:
         return picture[:, :, None].repeat(1, 1, self._space.frames, 1, 1)
 
 
+def _check_tensor(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be (B, 3, H, W) float in [-1, 1], got {tuple(images.shape)} "
+            f"{images.dtype}; bytes are `images / 127.5 - 1`"
+        )
+
+
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All files in a folder that look like pictures, by name.
 
     Raises:
         ValueError: it is no folder, or there is no picture in it.
     """
-    known = Image.registered_extensions()
+    known = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
     found = [file for file in files if file.suffix.lower() in known]
     if not found:
@@ -233,11 +254,15 @@ def _made_up_latents(space: Space, count: int, generator: torch.Generator) -> Te
     side = 24
     pictures = dead_leaves(-(-count * space.channels // 3), side * 2, generator)
     planes = functional.avg_pool2d(pictures, 2).reshape(-1, side, side)[: count * space.channels]
-    planes = planes + 0.2 * torch.randn(planes.shape, generator=generator, device="cpu")
+    noise = torch.randn(planes.shape, generator=generator, device="cpu", dtype=torch.float32)
+    planes = planes + 0.2 * noise
     latents = planes.reshape(count, space.channels, side, side)
     latents = (latents - latents.mean()) / latents.std()
     statistics = (key.latents_mean or (), key.latents_std or ())
     if [len(values) for values in statistics] == [space.channels] * 2:
-        mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+        mean, std = (
+            torch.tensor(values, device="cpu", dtype=torch.float32)[:, None, None]
+            for values in statistics
+        )
         return latents * std + mean
     return latents / key.scaling_factor + key.shift_factor

@@ -195,7 +195,9 @@ def with_network(
 def _trained(inputs: Tensor, rest: Tensor, units: int, seed: int) -> tuple[Tensor, Tensor]:
     """Kernel (H, features) and bias (H,) of hidden units that explain the rest of the pixels."""
     generator = torch.Generator().manual_seed(seed)
-    made = torch.randn(units, inputs.shape[1], generator=generator, device="cpu")
+    made = torch.randn(
+        units, inputs.shape[1], generator=generator, device="cpu", dtype=torch.float32
+    )
     kernel = (made * math.sqrt(2 / inputs.shape[1])).to(inputs)
     bias, out = inputs.new_zeros(units), inputs.new_zeros(rest.shape[1], units)
     with torch.inference_mode(False), torch.enable_grad():

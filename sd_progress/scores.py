@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .decoders import LinearDecoder
+from .decoders import Decoder, LinearDecoder
 from .factors import Factors
+
+BEST_DB: Final = 100.0
+# Of flat pictures: those that really are flat must not outweigh all others.
+BEST_FLAT_DB: Final = 40.0
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,23 @@ def scored(factors: Factors, pair: Pair, upscale: int) -> Score:
     return compared(drawn, reduced(pair.pictures, pair.latents, upscale).cpu())
 
 
+def scored_decoder(decoder: Decoder, pair: Pair) -> Score:
+    """How near any decoder comes to the pictures, at one pixel per latent."""
+    latents = pair.latents.float().cpu()
+    drawn = torch.from_numpy(decoder.decode(latents)).movedim(-1, 1) / 127.5 - 1
+    return compared(reduced(drawn, latents, 1), reduced(pair.pictures.cpu(), latents, 1))
+
+
 def compared(drawn: Tensor, wanted: Tensor) -> Score:
     """Both (B, 3, H, W) in [-1, 1]."""
     flat = wanted.mean(dim=(-2, -1), keepdim=True).expand_as(wanted)
-    return Score(_psnr(drawn.nan_to_num(0.0).clamp(-1, 1), wanted), _psnr(flat, wanted))
+    psnr_db = _psnr(drawn.nan_to_num(0.0).clamp(-1, 1), wanted, BEST_DB)
+    return Score(psnr_db, _psnr(flat, wanted, BEST_FLAT_DB))
 
 
-def _psnr(drawn: Tensor, wanted: Tensor) -> float:
+def _psnr(drawn: Tensor, wanted: Tensor, best_db: float) -> float:
     errors = (drawn - wanted).square().flatten(1).mean(dim=1) / 4
-    return float((-10 * errors.clamp_min(1e-10).log10()).mean())
+    return float((-10 * errors.clamp_min(10 ** (-best_db / 10)).log10()).mean())
 
 
 def reduced(pictures: Tensor, latents: Tensor, upscale: int) -> Tensor:

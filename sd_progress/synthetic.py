@@ -35,7 +35,7 @@ def dead_leaves(count: int, size: int, generator: torch.Generator) -> Tensor:
         (count, 3, size, size) float32 in [-1, 1], on the CPU.
     """
     leaves, kinds = _templates(min(TEMPLATES, count), size, generator)
-    top = leaves[torch.arange(count) % len(leaves)]
+    top = leaves[torch.arange(count, device="cpu") % len(leaves)]
     contrast = 0.1 + 0.5 * _uniform(generator, count, 1)
     colours, roughness, shading = _surfaces(count, kinds, contrast, generator)
     grain = _natural_noise(count, 3, size, 1.0, generator)
@@ -56,11 +56,11 @@ def _templates(count: int, size: int, generator: torch.Generator) -> tuple[Tenso
     left, upper = numbers[0] * size, numbers[1] * size
     cosine, sine = (numbers[2] * math.tau).cos(), (numbers[2] * math.tau).sin()
     aspect, is_square = 0.4 + 0.6 * numbers[3], numbers[4] < SQUARES
-    first = (torch.arange(count) * size * size)[:, None, None]
-    top = torch.full((count * size * size,), len(radii))
+    first = (torch.arange(count, device="cpu") * size * size)[:, None, None]
+    top = torch.full((count * size * size,), len(radii), device="cpu")
     for leaf, radius in enumerate(radii.tolist()):
         reach = math.ceil(radius)
-        around = torch.arange(-reach, reach + 1)
+        around = torch.arange(-reach, reach + 1, device="cpu")
         x = left[:, leaf].long()[:, None] + around  # (count, 2 * reach + 1)
         y = upper[:, leaf].long()[:, None] + around
         dx, dy = (x - left[:, leaf, None])[:, None, :], (y - upper[:, leaf, None])[:, :, None]
@@ -92,7 +92,7 @@ def _radii(size: int, generator: torch.Generator) -> Tensor:
         leaves = max(1, round(LAYERS * share * size * size / area))
         drawn.append((many - _uniform(generator, leaves) * (many - few)).rsqrt())
     radii = torch.cat(drawn)
-    return radii[torch.randperm(len(radii), generator=generator)]
+    return radii[torch.randperm(len(radii), generator=generator, device="cpu")]
 
 
 def _surfaces(
@@ -125,7 +125,10 @@ def _natural_noise(
 
     With an exponent of 1 it has the spectrum of natural pictures.
     """
-    across, down = torch.fft.rfftfreq(size), torch.fft.fftfreq(size)
+    across, down = (
+        frequencies(size, device="cpu", dtype=torch.float32)
+        for frequencies in (torch.fft.rfftfreq, torch.fft.fftfreq)
+    )
     amplitude = torch.hypot(down[:, None], across[None])
     amplitude[0, 0] = math.inf  # no mean
     white = _normal(generator, count, channels, size, size)
@@ -143,7 +146,7 @@ def _mirrored(pictures: Tensor, generator: torch.Generator) -> Tensor:
 def _blurred(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """From sharp to a little out of focus, each picture by its own measure."""
     deviation = 0.25 + _uniform(generator, len(pictures), 1)
-    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device="cpu")
     kernel = torch.exp(-(offsets**2) / (2 * deviation**2))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
     planes = functional.pad(pictures.flatten(0, 1)[None], (BLUR_RADIUS,) * 4, mode="replicate")

@@ -20,14 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from ._animation import FORMATS, Animation, Size, Timing, png_bytes
 from ._files import claim_folder, move_over, publish, temporary_path, write_temporary
+from ._sheet import Cell, sheet, with_longer_side
 from .frame import Frame
 
 __all__ = [
@@ -363,8 +364,8 @@ class ContactSheetWriter:
         """Keep a small picture of the frame, if it is among the evenly chosen so far."""
         if self._cells is None:
             self._cells = _EvenSample(self._max_frames)
-        picture = _with_longer_side(frame.middle, self._max_side_px)
-        self._cells.add(_Cell(picture, self._label(frame) if self._label else ""))
+        picture = with_longer_side(frame.middle, self._max_side_px)
+        self._cells.add(Cell(picture, self._label(frame) if self._label else ""))
 
     def close(self) -> None:
         """Write the sheet of the run.
@@ -375,17 +376,17 @@ class ContactSheetWriter:
         if self._cells is None:
             return
         cells, self._cells = self._cells.chosen(), None
-        sheet = _sheet(cells, self._columns, self._gap_px)
-        temporary = write_temporary(self._wanted.parent, self._encoded(sheet))
+        made = sheet(cells, self._columns, self._gap_px)
+        temporary = write_temporary(self._wanted.parent, self._encoded(made))
         self.path = publish(temporary, self._wanted)
 
-    def _encoded(self, sheet: Image.Image) -> bytes:
+    def _encoded(self, made: Image.Image) -> bytes:
         buffer = io.BytesIO()
         if self._wanted.suffix.lower() == ".png":
-            sheet.save(buffer, "PNG")
+            made.save(buffer, "PNG")
         else:
-            white = Image.new("RGB", sheet.size, "white")
-            white.paste(sheet, mask=sheet.getchannel("A"))
+            white = Image.new("RGB", made.size, "white")
+            white.paste(made, mask=made.getchannel("A"))
             white.save(buffer, "JPEG", quality=92, subsampling=0)
         return buffer.getvalue()
 
@@ -576,10 +577,6 @@ def _fitted(image: Image.Image, canvas: Size, resample: Resample) -> Image.Image
     return ImageOps.pad(image, canvas, _filter(image, size, resample))
 
 
-def _with_longer_side(image: Image.Image, side_px: int) -> Image.Image:
-    return ImageOps.contain(image, (side_px, side_px), Image.Resampling.BICUBIC)
-
-
 def _animation_format(path: Path) -> type[Animation]:
     suffix = _checked_suffix(path, FORMATS)
     if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
@@ -599,22 +596,16 @@ def _step_name(frame: Frame) -> str:
 # Contact sheets
 
 
-@dataclass(frozen=True)
-class _Cell:
-    picture: Image.Image
-    label: str
-
-
 class _EvenSample:
     """Up to `size` evenly chosen cells of a run of unknown length; first and last among them."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: list[_Cell] = []
+        self._kept: list[Cell] = []
         self._stride = 1
         self._count = 0
 
-    def add(self, cell: _Cell) -> None:
+    def add(self, cell: Cell) -> None:
         if self._count % self._stride == 0:
             self._kept.append(cell)
         if len(self._kept) > 4 * self._size:
@@ -622,36 +613,12 @@ class _EvenSample:
         self._last = cell
         self._count += 1
 
-    def chosen(self) -> list[_Cell]:
+    def chosen(self) -> list[Cell]:
         cells = self._kept if self._kept[-1] is self._last else [*self._kept, self._last]
         if len(cells) <= self._size:
             return cells
         share = (len(cells) - 1) / (self._size - 1)
         return [cells[round(index * share)] for index in range(self._size)]
-
-
-def _sheet(cells: list[_Cell], columns: int, gap_px: int) -> Image.Image:
-    """RGBA sheet; each picture centred in its cell, its label below it."""
-    columns = min(columns, len(cells))
-    width = max(cell.picture.width for cell in cells)
-    height = max(cell.picture.height for cell in cells)
-    text_px = max(11, height // 10) if any(cell.label for cell in cells) else 0
-    pitch = width + gap_px, height + gap_px + 2 * text_px
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGBA", (columns * pitch[0] - gap_px, rows * pitch[1] - gap_px))
-    for index, cell in enumerate(cells):
-        left, top = index % columns * pitch[0], index // columns * pitch[1]
-        inset = (width - cell.picture.width) // 2, (height - cell.picture.height) // 2
-        sheet.paste(cell.picture, (left + inset[0], top + inset[1]))
-        if cell.label:
-            _write_label(sheet, (left + width // 2, top + height + text_px), cell.label, text_px)
-    return sheet
-
-
-def _write_label(sheet: Image.Image, middle: Size, label: str, text_px: int) -> None:
-    grey = (118, 124, 134, 255)  # readable on a white page and on a dark one
-    font = ImageFont.load_default(text_px)
-    ImageDraw.Draw(sheet).text(middle, label, grey, font, anchor="mm")
 
 
 # Queues

@@ -17,6 +17,7 @@ ALL = {
     "preview_every": "2",
     "preview_vae_every": "3",
     "preview_source": "both",
+    "preview_decoder": "sd1",
     "preview_budget": "0.02",
 }
 
@@ -118,3 +119,14 @@ def test_wrong_values_are_told(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         parsed(*words)
     assert message in capsys.readouterr().err
+
+
+def test_the_decoder_reaches_the_run(tmp_path):
+    """`--preview_decoder channels` shows the four latent channels, two by two."""
+    pipe = tiny.sd()
+    args = parsed("--write_intermediates", tmp_path / "steps", "--preview_decoder", "channels")
+    pipe(**tiny.sd_call(pipe, steps=1), callback_on_step_end=preview_from_args(pipe, args))
+    plain = parsed("--write_intermediates", tmp_path / "plain", "--preview_decoder", "sd1")
+    pipe(**tiny.sd_call(pipe, steps=1), callback_on_step_end=preview_from_args(pipe, plain))
+    shapes = [iio.imread(tmp_path / name / "step_001.png").shape for name in ("steps", "plain")]
+    assert shapes[0][:2] == tuple(2 * side for side in shapes[1][:2])

@@ -14,7 +14,7 @@ import torch
 
 from sd_progress import PreviewWarning, cache, calibrate, demo_model_path, factors
 from sd_progress.choice import decoder_maker
-from sd_progress.decoders import ChannelsDecoder, PcaDecoder
+from sd_progress.decoders import ChannelsDecoder, PCADecoder
 from sd_progress.fingerprint import fingerprint
 from sd_progress.refit import RefitDecoder
 
@@ -82,7 +82,7 @@ def test_always_calibrates_a_known_vae(folder):
 def test_never_runs_no_vae(folder):
     """An unknown VAE is explained instead; the environment can say so, too."""
     with pytest.warns(PreviewWarning, match="vae must be one whose latents are known"):
-        assert isinstance(chosen(unknown_vae(), calibrate="never"), PcaDecoder)
+        assert isinstance(chosen(unknown_vae(), calibrate="never"), PCADecoder)
     assert not folder.exists()
 
 
@@ -90,7 +90,7 @@ def test_the_environment_takes_the_place_of_auto(folder, monkeypatch):
     """But not of what is said in the code."""
     monkeypatch.setenv("SD_PROGRESS_CALIBRATE", "never")
     with pytest.warns(PreviewWarning):
-        assert isinstance(chosen(unknown_vae()), PcaDecoder)
+        assert isinstance(chosen(unknown_vae()), PCADecoder)
     monkeypatch.setenv("SD_PROGRESS_CALIBRATE", "sometimes")
     with pytest.raises(ValueError, match="SD_PROGRESS_CALIBRATE must be 'auto', 'always' or"):
         chosen(unknown_vae())
@@ -105,7 +105,7 @@ def test_a_vae_with_random_weights_falls_back_and_says_why(folder):
         assert chosen(vae, calibrate="always").name == "linear:sd1"
     vae.register_to_config(scaling_factor=0.3)
     with pytest.warns(PreviewWarning, match="principal components are shown instead"):
-        assert isinstance(chosen(vae), PcaDecoder)
+        assert isinstance(chosen(vae), PCADecoder)
     assert not folder.exists()
 
 
@@ -118,7 +118,7 @@ def test_a_fit_for_other_weights_is_not_taken(folder, calibrated):
         with torch.no_grad():
             other.quant_conv.weight.copy_(other.quant_conv.weight.flip(0))
         with pytest.warns(PreviewWarning, match="no preview map was fitted"):
-            assert isinstance(chosen(other), PcaDecoder)
+            assert isinstance(chosen(other), PCADecoder)
     finally:
         factors.default_registry.cache_clear()
 
@@ -154,7 +154,7 @@ def test_a_published_name_of_another_vae_is_refused(folder):
 
 def test_what_is_drawn_can_be_named(folder, calibrated, tmp_path):
     """Principal components, channels, and a file."""
-    assert isinstance(chosen(unknown_vae(), "pca"), PcaDecoder)
+    assert isinstance(chosen(unknown_vae(), "pca"), PCADecoder)
     assert isinstance(chosen(unknown_vae(), "channels"), ChannelsDecoder)
     factors.save(calibrated, tmp_path / "mine.safetensors")
     assert chosen(unknown_vae(), str(tmp_path / "mine.safetensors")).name == "linear:calibrated"

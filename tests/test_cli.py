@@ -212,7 +212,9 @@ def test_ctrl_c_leaves_what_was_made(tmp_path):
     assert (tmp_path / "out" / "filmstrip.png").exists()
 
 
-@pytest.mark.parametrize("words", ["--help", "demo --help", "run --help", "models --help", ""])
+@pytest.mark.parametrize(
+    "words", [*(f"{name} --help" for name in ("", "demo", "run", "models", "calibrate")), ""]
+)
 def test_help_is_quick(words, tmp_path):
     """It loads neither torch nor diffusers, and shows what can be typed."""
     code = (

@@ -8,8 +8,8 @@ import tiny
 import torch
 from torch.nn import functional
 
-from sd_progress.decoders import LinearDecoder, PcaDecoder
-from sd_progress.factors import Factors, by_name
+from sd_progress.decoders import ChannelsDecoder, LinearDecoder, PCADecoder
+from sd_progress.factors import Factors, Hidden, Polynomial, by_name, monomials
 from sd_progress.pixels import to_uint8
 from sd_progress.vae import VaeDecoder
 
@@ -59,6 +59,71 @@ def test_the_border_is_not_darkened():
     assert (images == images[0, 0, 0]).all()
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel_size", "upscale"), [(32, 5, 1), (16, 3, 1), (4, 5, 2)]
+)
+def test_it_is_a_convolution_however_it_is_computed(channels, kernel_size, upscale):
+    """Of many channels and of few, small maps and large ones; a batch is drawn one by one."""
+    made = np.random.default_rng(0)
+    shape = (3 * upscale**2, channels, kernel_size, kernel_size)
+    map_ = Factors(made.normal(0, 0.05, shape), made.normal(0, 0.1, shape[0]), name="test")
+    x, margin = latents(3, channels, 7, 9), (kernel_size // 2,) * 4
+    weight, bias = torch.from_numpy(map_.weight), torch.from_numpy(map_.bias)
+    padded = functional.pad(x, margin, mode="replicate")
+    expected = functional.pixel_shuffle(functional.conv2d(padded, weight, bias), upscale)
+    torch.testing.assert_close(LinearDecoder(map_).decode_float(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_powers_are_added(degree):
+    """Each product of a pixel's latents by its weight, worked out one by one."""
+    columns = monomials(2, degree)
+    weights = np.arange(3 * len(columns), dtype=np.float32).reshape(3, -1) / 100
+    plain = Factors(np.zeros((3, 2, 1, 1)), np.zeros(3), name="test")
+    x = latents(1, 2, 2, 3)
+    map_ = Factors(plain.weight, plain.bias, name="test", extra=Polynomial(weights, degree))
+    drawn = LinearDecoder(map_).decode_float(x)[0, :, 1, 2]
+    values = x[0, :, 1, 2].tolist()
+    terms = [np.prod([values[channel] for channel in column]) for column in columns]
+    np.testing.assert_allclose(drawn, weights @ terms, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hidden_layer_is_added():
+    """The same as torch's own layers."""
+    made = np.random.default_rng(0)
+    kernel, bias, weight = (
+        made.normal(size=(5, 4, 3, 3)),
+        made.normal(size=5),
+        made.normal(size=(3, 5)),
+    )
+    plain = factors(kernel_size=3)
+    map_ = Factors(plain.weight, plain.bias, name="test", extra=Hidden(weight, kernel, bias))
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 5, 3, padding=1, padding_mode="replicate"),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(5, 3, 1, bias=False),
+    )
+    layers[0].weight.data, layers[0].bias.data = torch.Tensor(kernel), torch.Tensor(bias)
+    layers[2].weight.data = torch.Tensor(weight)[:, :, None, None]
+    x = latents(2, 4, 6, 7)
+    expected = LinearDecoder(plain).decode_float(x) + layers(x)
+    torch.testing.assert_close(LinearDecoder(map_).decode_float(x), expected.detach())
+
+
+def test_channels_are_shown_side_by_side():
+    """Row by row, the last cell black where there is none; two and a half deviations are white."""
+    x = torch.zeros(1, 5, 2, 2)
+    x[0, 3] = 1.0  # of a mean of 0.2 and a deviation of about 0.41
+    sheet = ChannelsDecoder().decode(x)
+    assert sheet.shape == (1, 4, 6, 3)
+    cells = sheet[0, :, :, 0].reshape(2, 2, 3, 2).swapaxes(1, 2)
+    assert (cells[1, 0] > 215).all()
+    assert (cells[1, 2] == 0).all()
+    assert (
+        len({int(cell.max()) for cell in (cells[0, 0], cells[0, 1], cells[0, 2], cells[1, 1])}) == 1
+    )
+
+
 def test_other_channel_counts_are_refused():
     """The message names the factors and the shapes."""
     with pytest.raises(ValueError, match=r"latents must be \(B, 4, h, w\) for factors 'sd1', got"):
@@ -68,14 +133,14 @@ def test_other_channel_counts_are_refused():
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
 def test_principal_components_of_any_channel_count(channels):
     """Every channel count gives a picture that is not flat."""
-    images = PcaDecoder().decode(latents(2, channels, 6, 5))
+    images = PCADecoder().decode(latents(2, channels, 6, 5))
     assert images.shape == (2, 6, 5, 3)
     assert images.std() > 20
 
 
 def test_principal_components_do_not_flicker():
     """The same picture under growing noise keeps its colours from frame to frame."""
-    decoder, x = PcaDecoder(), latents(1, 16, 12, 12)
+    decoder, x = PCADecoder(), latents(1, 16, 12, 12)
     x[:, :3] *= 4
     frames = [decoder.decode(x + 0.3 * latents(1, 16, 12, 12, seed=k)) for k in range(5)]
     changes = [np.abs(a.astype(int) - b).mean() for a, b in pairwise(frames)]
@@ -84,7 +149,7 @@ def test_principal_components_do_not_flicker():
 
 def test_principal_components_survive_nan():
     """NaN pixels are grey, and later frames are as ever."""
-    decoder, x = PcaDecoder(), latents(1, 4, 6, 6)
+    decoder, x = PCADecoder(), latents(1, 4, 6, 6)
     broken = torch.full_like(x, float("nan"))
     assert (decoder.decode(broken) == 128).all()
     assert decoder.decode(x).std() > 20

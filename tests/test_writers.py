@@ -634,6 +634,17 @@ def test_a_contact_sheet_has_labels_where_asked(tmp_path):
     assert shape["labelled"][100:, :, 3].any()
 
 
+def test_a_long_label_stays_under_its_picture(tmp_path):
+    """It is written smaller, so that both of its ends can be read."""
+    writer = ContactSheetWriter(
+        tmp_path / "a.png", max_side_px=100, label=lambda frame: "label " * 4
+    )
+    write_run(writer, colour=RED, size=(100, 100))
+    text = imageio.imread(writer.path)[100:, :100, 3]
+    inked = np.flatnonzero(text.any(axis=0))
+    assert 0 < inked[0] < inked[-1] < 99
+
+
 def test_a_contact_sheet_has_the_middle_frames_of_videos(tmp_path):
     """One picture a step, whatever the number of its frames."""
     writer = ContactSheetWriter(tmp_path / "sheet.png", max_side_px=8, gap_px=0)

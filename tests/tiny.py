@@ -30,6 +30,48 @@ def vae(channels=4, **config):
     ).eval()
 
 
+@torch.no_grad()
+def averaging_vae(**config):
+    """An autoencoder with 4x down that works without training, because it does little.
+
+    Its latents are the colours of 4 by 4 pixels, and how they change from left to right, mixed. The
+    residual blocks pass on what they get. So do the normalisations: two channels of plus and minus
+    a thousand are all that they see, and of the mean that they take away an empty channel tells.
+    """
+    mixed = torch.tensor([[1.0, 2, 0, 1], [0, 1, -1, 2], [2, 0, 1, 0], [1, -1, 0, 3]]) / 2
+    made = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **config,
+    ).eval()
+    for name, parameter in made.named_parameters():
+        if "norm" not in name:
+            parameter.zero_()
+        if name.endswith("samplers.0.conv.weight"):
+            area = (slice(2), slice(2), 4) if "downsamplers" in name else (1, 1, 1)
+            for channel in range(8):
+                parameter[channel, channel, area[0], area[1]] = 1 / area[2]
+    for half in (made.encoder, made.decoder):
+        half.conv_in.bias[4], half.conv_in.bias[5] = 1000, -1000
+        half.conv_norm_out.weight.fill_(500)
+        half.conv_norm_out.bias.fill_(20)  # where SiLU leaves everything as it is
+    for colour in range(3):
+        made.encoder.conv_in.weight[colour, colour, 1, 1] = 1
+        made.encoder.conv_in.weight[3, colour, 1, :] = torch.tensor([-1.0, 0, 1])
+        made.decoder.conv_out.weight[colour, colour, 1, 1] = 1
+        made.decoder.conv_out.weight[colour, 6, 1, 1] = -1
+    made.encoder.conv_out.weight[:4, :4, 1, 1] = mixed
+    made.encoder.conv_out.weight[:4, 6, 1, 1] = -mixed.sum(dim=1)
+    made.decoder.conv_in.weight[:4, :4, 1, 1] = mixed.inverse()
+    return made
+
+
 def unet(in_channels=4, **config):
     """A denoiser with cross-attention, two levels."""
     torch.manual_seed(2)
