@@ -109,12 +109,17 @@ def calibrate(
     share.add_up(seen.equations.products, seen.equations.targets)
     whole = seen.equations.with_more(shape, seen.held_out, share)
     _check_finite(vae, whole)
+    if not share.total(len(seen.own)):
+        raise ValueError(
+            f"images must show something, got {share.total(seen.pictures)} that have one colour "
+            "each; pass others, or leave it out to fit on synthetic ones"
+        )
     _check_round_trip(vae, share.mean(seen.own), least_gain_db)
     words = f"{share.total(seen.pictures)} {pictures.words}"
     make = Maker(shape, name, words, describe_vae(vae), fingerprint(vae))
     best, ridge = best_ridge(make, seen.equations, seen.held_out, share)
     if hidden_units:
-        best = with_network(shape, best, seen.rows, seen.held_out, hidden_units, seed)
+        best = with_network(make, best, seen.rows, seen.held_out, hidden_units, seed)
     found = share.mean(scored(best, pair, upscale) for pair in seen.held_out)
     if not found.gain_db >= least_gain_db:
         raise CalibrationError(
@@ -214,6 +219,9 @@ def _check(
 ) -> None:
     if not isinstance(vae, nn.Module):
         raise TypeError(f"vae must be an autoencoder, got {type(vae).__name__}; pass pipe.vae")
+    for name, value in (("kernel_size", kernel_size), ("upscale", upscale)):
+        if not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value!r}; pass an int")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size!r}; pass 1, 3, 5 or 7")
     if upscale < 1:

@@ -410,6 +410,7 @@ def _generate(args: argparse.Namespace) -> None:
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,
+        decoder=args.preview_decoder,
         budget=args.preview_budget,
     )
     generate(task)

@@ -62,6 +62,7 @@ class Task:
     every: int
     vae_every: int | None
     source: PreviewSource
+    decoder: str
     budget: float | None
 
 
@@ -75,16 +76,20 @@ def generate(task: Task) -> None:
     pipe = load(task)
     arguments = call_arguments(pipe, task)
     made = Products(task)
+    try:
+        preview = PreviewCallback(
+            pipe,
+            *made.writers,
+            every=task.every,
+            vae_every=task.vae_every,
+            source=task.source,
+            decoder=task.decoder,
+            budget=task.budget,
+            final=True,
+        )
+    except ValueError as error:  # the other options are checked already
+        raise UsageError(f"--preview_{one_line(error)}") from error
     _make_folder(task.out)
-    preview = PreviewCallback(
-        pipe,
-        *made.writers,
-        every=task.every,
-        vae_every=task.vae_every,
-        source=task.source,
-        budget=task.budget,
-        final=True,
-    )
     print(f'Painting "{task.prompt}" (seed {task.seed}, {pipe.device}).', flush=True)
     began_s = time.monotonic()
     try:

@@ -25,8 +25,8 @@ LARGEST_SIDE: Final = 512  # of the user's pictures; larger ones are reduced
 FEWEST_LATENTS: Final = 12  # a side, of a synthetic picture
 FEWEST_PICTURES: Final = 8
 
-Pictures = Tensor | Sequence[Image.Image | Path] | str | os.PathLike[str]
-Picture = Tensor | Image.Image | Path
+Picture = Tensor | Image.Image | str | os.PathLike[str]
+Pictures = Tensor | Sequence[Picture] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,9 @@ class Source:
             else:
                 yield self._fit(batch)
 
-    def _fit(self, picture: Tensor | Image.Image | Path) -> Tensor:
+    def _fit(self, picture: Picture) -> Tensor:
         """Cut to whole latents, reduced if large; for a video VAE, a clip that stands still."""
-        if isinstance(picture, Path):
+        if isinstance(picture, str | os.PathLike):
             with Image.open(picture) as opened:
                 opened.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))
                 picture = opened.convert("RGB")
@@ -212,6 +212,11 @@ def _check_tensor(images: Tensor) -> None:
         raise ValueError(
             f"images must be (B, 3, H, W) float in [-1, 1], got {tuple(images.shape)} "
             f"{images.dtype}; bytes are `images / 127.5 - 1`"
+        )
+    if float(images.abs().amax()) > 1.5:  # a little beyond is a filter's overshoot
+        raise ValueError(
+            f"images must be in [-1, 1], got values up to {float(images.abs().amax()):g}; bytes "
+            "are `images / 127.5 - 1`"
         )
 
 

@@ -38,7 +38,7 @@ class VaeDecoder:
     name = "vae"
 
     def __init__(self, vae: nn.Module) -> None:
-        self._vae = vae
+        self._vae = _uncompiled_module(vae)
 
     def can_decode(self, latents: Tensor) -> bool:
         """Whether all latents are finite, or ids of entries: masked tokens are not, until the end.
@@ -100,7 +100,7 @@ class VaeEncoder:
     """
 
     def __init__(self, vae: nn.Module) -> None:
-        self._vae = vae
+        self._vae = _uncompiled_module(vae)
 
     @property
     def exists(self) -> bool:
@@ -137,6 +137,11 @@ class VaeEncoder:
             f"vae.encode must return latent_dist, latents or latent, got "
             f"{type(encoded).__name__}; calibrate needs a diffusers autoencoder"
         )
+
+
+def _uncompiled_module(vae: nn.Module) -> nn.Module:
+    """What `torch.compile` has wrapped."""
+    return cast(nn.Module, getattr(vae, "_orig_mod", vae))
 
 
 def _is_conv3d(kind: type) -> bool:

@@ -141,12 +141,12 @@ def test_only_the_vae_of_a_pipeline_is_loaded(tmp_path, scenes):
 
 
 def test_without_pictures_synthetic_ones_are_made(tmp_path, model):
-    """As many are held out, and they are shown."""
+    """As many are held out, and they are shown; a network that wins nothing is left out."""
     words = ("--model", model, "--kernel_size", 1, "--hidden_units", 4, "--seed", 5)
     done = command(tmp_path, "calibrate", *words, "--out", tmp_path / "a.safetensors")
     assert "fitted on  32 synthetic 192x192 pictures" in done.out, done.err
     assert re.search(r"held out   \d+\.\d dB on 8 pictures", done.out)
-    assert "1x1 latents, mlp" in done.out
+    assert "1x1 latents, linear" in done.out
     assert iio.imread(tmp_path / "a.png").shape[0] > 4 * 256
     same = calibrate(tiny.averaging_vae(), kernel_size=1, hidden_units=4, seed=5)
     np.testing.assert_array_equal(factors.load(tmp_path / "a.safetensors").weight, same.weight)

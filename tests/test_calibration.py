@@ -17,6 +17,7 @@ from test_latent_space import (
     MIX,
     UNMIX,
     averaging_vae,
+    batches,
     noise,
     random_vae,
     without_encoder,
@@ -26,8 +27,10 @@ from test_vae import offloaded, traces
 from torch import nn
 
 from sd_progress.calibration import CalibrationError, calibrate, round_trip, score
+from sd_progress.decoders import LinearDecoder, PCADecoder
 from sd_progress.factors import Factors, VaeKey
 from sd_progress.fingerprint import fingerprint
+from sd_progress.pixels import to_uint8
 from sd_progress.scores import Score
 from sd_progress.share import Share
 
@@ -217,6 +220,18 @@ def test_random_and_broken_weights_are_refused(vae):
         calibrate(vae, images=IMAGES)
 
 
+def test_broken_weights_are_refused_at_once():
+    """The first picture that shows something tells; a flat one does not."""
+    vae, encoded = without_decoder(), []
+    vae.encoder.register_forward_hook(lambda *_: encoded.append(True))
+    images = IMAGES.clone()
+    images[0] = 0.1
+    with pytest.raises(CalibrationError, match="vae must give back what it encodes"):
+        calibrate(vae, kernel_size=1, images=images)
+    assert len(encoded) == 3  # with the one that the size of latents is known from
+    assert calibrate(averaging_vae(), kernel_size=1, images=images).psnr_db > 50
+
+
 def test_a_map_that_draws_nothing_is_refused():
     """One latent for four pixels of noise says their mean: three quarters of the error are left."""
     vae, images = averaging_vae(), noise(8, 3, 64, 64)
@@ -245,6 +260,7 @@ def test_latents_that_are_not_finite_are_refused(number, least_gain_db):
     [
         ({"kernel_size": 2}, "kernel_size must be odd, got 2; pass 1, 3, 5 or 7"),
         ({"kernel_size": -1}, "kernel_size must be odd, got -1; pass"),
+        ({"kernel_size": 3.0}, "kernel_size must be a whole number, got 3.0; pass an int"),
         ({"upscale": 0}, "upscale must be at least 1, got 0; pass 1, 2, 4 or 8"),
         ({"upscale": 4}, "upscale must be at most 2 for this VAE, got 4; that is its full resol"),
         ({"degree": 4}, "degree must be 1, 2 or 3, got 4; 1 is an affine map"),
@@ -252,6 +268,8 @@ def test_latents_that_are_not_finite_are_refused(number, least_gain_db):
         ({"hidden_units": 8, "degree": 2}, "and 0 for degree 2, got 8; pass one of the two"),
         ({"hidden_units": 8, "group": "all"}, "hidden_units must be 0 with a group, got 8; fit it"),
         ({"images": IMAGES[:3]}, "images must be at least 4 pictures, got 3; leave it out to fit"),
+        ({"images": IMAGES * 255}, "images must be in [-1, 1], got values up to "),
+        ({"images": 0 * IMAGES}, "images must show something, got 8 that have one colour each"),
         ({"images": "nowhere"}, "images must be a folder with pictures, got 'nowhere'; leave it"),
     ],
 )
@@ -358,10 +376,20 @@ def test_a_map_is_scored():
     wanted = IMAGES.reshape(8, 3, 12, 2, 8, 2).mean(dim=(3, 5))
     variance = wanted.var(dim=(2, 3), correction=0).mean(dim=1)
     assert flat_db == pytest.approx((-10 * (variance / 4).log10()).mean().item(), abs=1e-3)
-    for images in (IMAGES, None):
-        assert score(exact(), vae, images).gain_db > 30
+    assert score(exact(), vae, IMAGES).gain_db > 30
+    few = torch.cat(batches(None, vae, seed=1, few=True))
+    assert score(exact(), vae) == score(exact(), vae, few)
     shuffled = Factors(exact().weight[[1, 2, 0]], exact().bias[[1, 2, 0]], name="shuffled")
     assert score(shuffled, vae, IMAGES).gain_db < 0
+
+
+def test_any_decoder_is_scored():
+    """The same as its map, to within the rounding to 256 levels; principal components are worse."""
+    vae = averaging_vae()
+    found = score(LinearDecoder(exact()), vae, IMAGES)
+    assert found.psnr_db == pytest.approx(58.9, abs=1)  # a twelfth of a level squared
+    assert found.flat_db == score(exact(), vae, IMAGES).flat_db
+    assert score(PCADecoder(), vae, IMAGES).gain_db < 0
 
 
 def test_a_map_for_other_channels_cannot_be_scored():
@@ -459,3 +487,23 @@ def test_flat_pictures_do_not_spoil_a_good_fit():
     images = IMAGES.clone()
     images[0], images[3] = 0.5, -0.25
     assert calibrate(tiny.averaging_vae(), images=images, kernel_size=1).psnr_db > 20
+
+
+def test_pictures_by_their_names(tmp_path):
+    """Paths as strings, as glob gives them."""
+    for number, picture in enumerate(to_uint8(IMAGES)):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    names = sorted(str(path) for path in tmp_path.iterdir())
+    by_name = calibrate(tiny.averaging_vae(), images=names, kernel_size=1, least_gain_db=ANY)
+    by_folder = calibrate(tiny.averaging_vae(), images=tmp_path, kernel_size=1, least_gain_db=ANY)
+    np.testing.assert_array_equal(by_name.weight, by_folder.weight)
+
+
+def test_a_compiled_vae_is_calibrated_as_it_is():
+    """`torch.compile` wraps it, and nothing is compiled for this."""
+    graphs = []
+    compiled = torch.compile(tiny.averaging_vae(), backend=lambda graph, _: graphs.append(graph))
+    options = {"images": IMAGES, "kernel_size": 1, "least_gain_db": ANY}
+    found = calibrate(compiled, **options)
+    np.testing.assert_array_equal(found.weight, calibrate(tiny.averaging_vae(), **options).weight)
+    assert graphs == []

@@ -148,6 +148,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
         ("demo --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
         ("demo --preview_every 0", "--preview_every must be a whole number from 1 on, got '0'"),
         ("demo --preview_gif a.txt", "--preview_gif must be a path ending in .gif"),
+        ("demo --preview_decoder x", "--preview_decoder must be 'auto', 'pca', 'channels', "),
         ("demo --out setup.cfg/x", "--out must be a folder that can be made, got 'setup.cfg/x'"),
         ("run --prompt x", "the following arguments are required: --model"),
         ("run --prompt x --model ./no", "diffusers folder, got './no'; there is no such folder"),

@@ -240,7 +240,7 @@ def bent(seed, count=1):
     right = torch.cat([latents[..., 1:], latents[..., -1:]], dim=-1)
     a, b = latents.unbind(1)
     picture = [a.abs() - 1, (a - right[:, 0]).abs() / 2 - 0.5, b / 4]
-    return Pair(torch.stack(picture, dim=1) / 4, latents)
+    return Pair(torch.stack(picture, dim=1) / 4, 5 * latents)
 
 
 @functools.cache
@@ -250,7 +250,7 @@ def network(seed=0, units=4):
     rows = [(x.float(), y.float()) for x, y in shape.rows(bent(0, count=4))]
     equations = summed(shape, [bent(0, count=4)])
     affine, _ = best_ridge(maker(shape), equations, [bent(5)], ALONE)
-    return affine, with_network(shape, affine, rows, [bent(5)], units, seed)
+    return affine, with_network(maker(shape), affine, rows, [bent(5)], units, seed)
 
 
 def test_a_network_draws_what_no_affine_map_can():
@@ -261,6 +261,16 @@ def test_a_network_draws_what_no_affine_map_can():
     assert isinstance(map_.extra, Hidden)
     assert map_.extra.kernel.shape == (4, 2, 3, 3)
     assert (map_.kind, map_.vae_hash) == ("mlp", affine.vae_hash)
+    assert ", 4 hidden units, ridge " in map_.provenance
+
+
+def test_a_network_that_is_of_no_use_is_left_out():
+    """Where held-out pictures are unlike those that it saw, the affine map is better."""
+    shape = Shape(2, 3, 1, 1)
+    rows = [(x.float(), y.float()) for x, y in shape.rows(bent(0))]
+    opposite = Pair(-bent(5).pictures, bent(5).latents)
+    affine, _ = best_ridge(maker(shape), summed(shape, [opposite]), [opposite], ALONE)
+    assert with_network(maker(shape), affine, rows, [opposite], 4, 0) is affine
 
 
 def test_a_network_is_the_same_for_the_same_seed():

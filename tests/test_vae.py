@@ -59,17 +59,18 @@ def test_what_it_takes():
     """Clips if it has convolutions in three dimensions, under whatever name."""
     vaes = [tiny.vae(), random_vae("AutoencoderTiny"), random_vae("AutoencoderKLWan")]
     assert [VaeEncoder(vae).takes_video for vae in vaes] == [False, False, True]
-    frames = type("FramesConv3d", (nn.Conv2d,), {})
-    vaes[0].encoder.conv_in = frames(3, 8, 3, padding=1)
-    assert VaeEncoder(vaes[0]).takes_video
+    for name, base in {"FramesConv3d": nn.Conv2d, "Causal": nn.Conv3d}.items():
+        vaes[0].encoder.conv_in = type(name, (base,), {})(3, 8, 3)
+        assert VaeEncoder(vaes[0]).takes_video
 
 
 def test_not_every_vae_has_an_encoder():
-    """It may be None, gone, or never there."""
-    gone = tiny.vae()
+    """It may be None, gone, or never there; or there may be no method."""
+    gone, speechless = tiny.vae(), nn.Linear(2, 2)
     del gone.encoder
+    speechless.encoder = nn.ReLU()
     assert VaeEncoder(tiny.vae()).exists
-    for vae in (without_encoder(tiny.vae()), gone, nn.Linear(2, 2)):
+    for vae in (without_encoder(tiny.vae()), gone, speechless, nn.Linear(2, 2)):
         assert not VaeEncoder(vae).exists
 
 
@@ -156,6 +157,27 @@ def test_each_half_does_without_the_other():
     with torch.no_grad():
         expected = tiny.vae().decode(latents).sample
     assert torch.equal(VaeDecoder(other).decode_float(latents), expected)
+
+
+@pytest.mark.parametrize(
+    ("work", "parts"),
+    [
+        (lambda vae: VaeEncoder(vae).encode(noise(1, 3, 8, 12)), {"encoder", "quant_conv"}),
+        (lambda vae: VaeDecoder(vae).decode(noise(1, 4, 4, 6)), {"decoder", "post_quant_conv"}),
+    ],
+)
+def test_only_the_half_at_work_is_upcast(work, parts):
+    """The weights of the other are not copied, which would cost memory."""
+    vae, upcast = tiny.vae(force_upcast=True).half(), set()
+
+    def look(*_):
+        names = {name.partition(".")[0]: p.dtype for name, p in vae.named_parameters()}
+        upcast.update(name for name, dtype in names.items() if dtype == torch.float32)
+
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(look)
+    work(vae)
+    assert upcast == parts
 
 
 def test_a_vae_that_draws_noise_does_not_draw_the_runs():

@@ -582,9 +582,12 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.eval().cpu().half()
     pipeline.save_pretrained(out, safe_serialization=True)
-    config_file = out / "text_encoder" / "config.json"
-    config = json.loads(config_file.read_text()) | {"dtype": "float32"}  # else loaded as saved
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for config_file in out.glob("*/config.json"):
+        config = json.loads(config_file.read_text())
+        config.pop("_name_or_path", None)  # of the machine that it was trained on
+        if config_file.parent.name == "text_encoder":
+            config["dtype"] = "float32"  # else loaded as saved
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # transformers 4
     weights = list(out.rglob("*.safetensors"))
     for file in weights:
