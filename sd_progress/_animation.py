@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
@@ -185,6 +186,7 @@ GIF_UNSEEN_LEVELS = 6
 GIF_UNCHANGED_LEVELS = 2
 GIF_NOISE_LEVELS = 6.0
 GIF_WORSE_COLOURS = 1.05
+GIF_OTHER_NOISE_LEVELS = 4.0
 GIF_TRANSPARENT = 255
 GIF_KEEP, GIF_HAS_TRANSPARENT = 1 << 2, 1
 
@@ -200,18 +202,25 @@ class _Colours:
     def __init__(self) -> None:
         self._palette: Image.Image | None = None
         self._error = 0.0  # of the sample that they were made of
+        self._spread: NDArray[np.float64] | None = None  # likewise
 
     def of(self, image: Image.Image) -> Image.Image:
         """`image` in 255 colours; dithered, unless it is noise, which has no bands to hide."""
         sample = image.copy()
         sample.thumbnail((64, 64), Image.Resampling.NEAREST)
         palette, is_noise = self._palette, _is_noise(image)
-        fits = palette is not None and not is_noise and self._fits(sample, palette)
-        if palette is None or not fits:
+        fits = self._fits_noise if is_noise else self._fits
+        if palette is None or not fits(sample, palette):
             palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
             self._palette, self._error = palette, _error(sample, palette)
+            self._spread = _spread(sample)
         dither = Image.Dither.NONE if is_noise else Image.Dither.FLOYDSTEINBERG
         return image.quantize(palette=palette, dither=dither)
+
+    def _fits_noise(self, sample: Image.Image, palette: Image.Image) -> bool:
+        """Of noise no two samples are alike, but they are of the same kind for some time."""
+        assert self._spread is not None
+        return bool(np.abs(_spread(sample) - self._spread).max() <= GIF_OTHER_NOISE_LEVELS)
 
     def _fits(self, sample: Image.Image, palette: Image.Image) -> bool:
         return _error(sample, palette) <= GIF_WORSE_COLOURS * self._error
@@ -221,6 +230,12 @@ def _error(image: Image.Image, palette: Image.Image) -> float:
     """Mean difference, in levels, when shown without dither."""
     shown = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
     return sum(ImageStat.Stat(ImageChops.difference(image, shown)).mean)
+
+
+def _spread(image: Image.Image) -> NDArray[np.float64]:
+    """Mean and standard deviation of each channel, in levels."""
+    pixels = np.asarray(image).reshape(-1, 3)
+    return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)])
 
 
 def _is_noise(image: Image.Image) -> bool:

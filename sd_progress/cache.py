@@ -16,16 +16,26 @@ GENERATION: Final = 1
 
 
 def folder() -> Path:
-    """`$SD_PROGRESS_CACHE`, else `sd-progress` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    """`$SD_PROGRESS_CACHE`, else `sd-progress` in `$XDG_CACHE_HOME`, else in `~/.cache`.
+
+    Raises:
+        OSError: none of them is set, and the user has no home, as in some containers.
+    """
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-progress"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-progress"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def load(vae_hash: str) -> Factors | None:
     """What was kept for a VAE; None where there is nothing that can be used."""
-    path = _path(vae_hash)
+    try:
+        path = _path(vae_hash)
+    except OSError:
+        return None
     try:
         kept = factors.load(path)
     except FileNotFoundError:
@@ -46,13 +56,15 @@ def keep(calibrated: Factors) -> None:
     """
     if calibrated.vae_hash is None:
         return
-    path = _path(calibrated.vae_hash)
+    place = "the cache"
     try:
+        path = _path(calibrated.vae_hash)
+        place = str(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         factors.save(calibrated, path)
     except Exception as error:  # safetensors has its own for a full disk
         warn(
-            f"{path.parent} must be writable, got {error}; the calibration is not kept, set "
+            f"{place} must be writable, got {error}; the calibration is not kept, set "
             f"{FOLDER_VARIABLE} to another folder"
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .decoders import Decoder
-from .factors import Factors, describe_vae
+from .factors import Factors, Hidden, describe_vae
 from .fingerprint import fingerprint
 from .latent_space import FEWEST_PICTURES, HELD_OUT_EVERY, Pictures, Source, Space, picture_files
 from .regression import Equations, Maker, Shape, best_ridge, with_network
@@ -127,7 +127,7 @@ def calibrate(
             f"{type(vae).__name__}; pass a larger kernel_size, or images like those that it was "
             "trained on"
         )
-    if not hidden_units:  # the score stays that of the fit without them
+    if not isinstance(best.extra, Hidden):  # the score stays that of the fit without them
         best = make(whole.solved(ridge), ridge)
     return replace(best, psnr_db=round(found.psnr_db, 2))
 

@@ -20,7 +20,7 @@ def fingerprint(vae: nn.Module) -> str | None:
     of another dtype have another hash.
 
     Returns:
-        64 hexadecimal digits; None where weights cannot be read (offloaded to disk).
+        64 hexadecimal digits; None where weights cannot be read (offloaded to disk, quantised).
     """
     vae = getattr(vae, "_orig_mod", vae)  # torch.compile's wrapper
     found = [*vae.named_parameters(), *vae.named_buffers()]
@@ -31,7 +31,11 @@ def fingerprint(vae: nn.Module) -> str | None:
     digest = hashlib.sha256(json.dumps([type(vae).__name__, _config(vae)]).encode())
     for name in names:
         digest.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
-    for sample in _samples([state[name] for name in names]):
+    try:
+        samples = _samples([state[name] for name in names])
+    except (NotImplementedError, RuntimeError, TypeError):  # tensors that know no such operations
+        return None
+    for sample in samples:
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 

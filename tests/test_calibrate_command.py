@@ -44,7 +44,7 @@ def scenes(tmp_path_factory):
 def model(tmp_path_factory):
     """A VAE that says that it is Stable Diffusion's, in a folder of its own."""
     folder = tmp_path_factory.mktemp("model")
-    tiny.averaging_vae().save_pretrained(folder)
+    tiny.working_vae().save_pretrained(folder)
     return folder
 
 
@@ -64,7 +64,7 @@ def test_it_leaves_a_map_and_a_picture(made, model):
     found = factors.load(made.folder / "mine.safetensors")
     assert (found.name, found.kernel_size, found.upscale) == ("mine", 5, 1)
     assert found.psnr_db > 60
-    assert found.vae_hash == fingerprint(tiny.averaging_vae())
+    assert found.vae_hash == fingerprint(tiny.working_vae())
 
 
 def test_it_says_what_it_did_and_how_to_use_it(made, model):
@@ -88,7 +88,7 @@ def test_both_scores_are_of_the_pictures_that_were_held_out(made, scenes):
     """Every fourth one, for the published row as for the map."""
     held_out, flat, before = map(float, re.findall(r"(\d+\.\d) dB", made.out))
     files = sorted(scenes.iterdir())[3::4]
-    published = score(factors.by_name("sd1"), tiny.averaging_vae(), files)
+    published = score(factors.by_name("sd1"), tiny.working_vae(), files)
     assert before == pytest.approx(published.psnr_db, abs=0.06)
     assert flat == pytest.approx(published.flat_db, abs=0.06)
     assert held_out == round(factors.load(made.folder / "mine.safetensors").psnr_db, 1)
@@ -109,7 +109,7 @@ def test_the_picture_shows_before_and_after(made, scenes):
 def test_previews_use_the_map(made):
     """As `decoder=`, and the frames say so."""
     frames = []
-    pipe = tiny.sd(vae=tiny.averaging_vae())
+    pipe = tiny.sd(vae=tiny.working_vae())
     preview = PreviewCallback(pipe, frames.append, decoder=str(made.folder / "mine.safetensors"))
     pipe(**tiny.sd_call(pipe, steps=2), callback_on_step_end=preview)
     preview.close()
@@ -130,7 +130,7 @@ def test_nothing_is_overwritten(tmp_path, model, scenes):
 
 def test_only_the_vae_of_a_pipeline_is_loaded(tmp_path, scenes):
     """The rest of it need not even be there; and nothing need be known of such a VAE."""
-    tiny.sd(vae=tiny.averaging_vae(scaling_factor=0.3)).save_pretrained(tmp_path / "pipe")
+    tiny.sd(vae=tiny.working_vae(scaling_factor=0.3)).save_pretrained(tmp_path / "pipe")
     shutil.rmtree(tmp_path / "pipe" / "unet")
     places = ("--out", tmp_path / "a.safetensors", "--picture", tmp_path / "sub" / "b.png")
     words = ("--model", tmp_path / "pipe", "--images", scenes, "--upscale", 2, "--degree", 2)
@@ -148,7 +148,7 @@ def test_without_pictures_synthetic_ones_are_made(tmp_path, model):
     assert re.search(r"held out   \d+\.\d dB on 8 pictures", done.out)
     assert "1x1 latents, linear" in done.out
     assert iio.imread(tmp_path / "a.png").shape[0] > 4 * 256
-    same = calibrate(tiny.averaging_vae(), kernel_size=1, hidden_units=4, seed=5)
+    same = calibrate(tiny.working_vae(), kernel_size=1, hidden_units=4, seed=5)
     np.testing.assert_array_equal(factors.load(tmp_path / "a.safetensors").weight, same.weight)
 
 
@@ -312,7 +312,7 @@ def test_a_hub_id_is_one_of_a_vae_or_of_a_pipeline(hub, name, revision):
     vae = load_vae(name, torch.bfloat16, revision=revision)
     assert vae.dtype == torch.bfloat16
     assert not vae.training
-    assert fingerprint(vae.float()) == fingerprint(tiny.averaging_vae().bfloat16().float())
+    assert fingerprint(vae.float()) == fingerprint(tiny.working_vae().bfloat16().float())
 
 
 def test_a_hub_id_that_cannot_be_had_is_told(hub):

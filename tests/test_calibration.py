@@ -486,7 +486,7 @@ def test_flat_pictures_do_not_spoil_a_good_fit():
     """Neither as the first one, by which the VAE is judged, nor among those held out."""
     images = IMAGES.clone()
     images[0], images[3] = 0.5, -0.25
-    assert calibrate(tiny.averaging_vae(), images=images, kernel_size=1).psnr_db > 20
+    assert calibrate(tiny.working_vae(), images=images, kernel_size=1).psnr_db > 20
 
 
 def test_pictures_by_their_names(tmp_path):
@@ -494,16 +494,16 @@ def test_pictures_by_their_names(tmp_path):
     for number, picture in enumerate(to_uint8(IMAGES)):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     names = sorted(str(path) for path in tmp_path.iterdir())
-    by_name = calibrate(tiny.averaging_vae(), images=names, kernel_size=1, least_gain_db=ANY)
-    by_folder = calibrate(tiny.averaging_vae(), images=tmp_path, kernel_size=1, least_gain_db=ANY)
+    by_name = calibrate(tiny.working_vae(), images=names, kernel_size=1, least_gain_db=ANY)
+    by_folder = calibrate(tiny.working_vae(), images=tmp_path, kernel_size=1, least_gain_db=ANY)
     np.testing.assert_array_equal(by_name.weight, by_folder.weight)
 
 
 def test_a_compiled_vae_is_calibrated_as_it_is():
     """`torch.compile` wraps it, and nothing is compiled for this."""
     graphs = []
-    compiled = torch.compile(tiny.averaging_vae(), backend=lambda graph, _: graphs.append(graph))
+    compiled = torch.compile(tiny.working_vae(), backend=lambda graph, _: graphs.append(graph))
     options = {"images": IMAGES, "kernel_size": 1, "least_gain_db": ANY}
     found = calibrate(compiled, **options)
-    np.testing.assert_array_equal(found.weight, calibrate(tiny.averaging_vae(), **options).weight)
+    np.testing.assert_array_equal(found.weight, calibrate(tiny.working_vae(), **options).weight)
     assert graphs == []

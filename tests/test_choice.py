@@ -234,6 +234,16 @@ def test_a_read_only_cache_costs_nothing_but_a_warning(folder, calibrated, monke
         assert chosen(unknown_vae()).name == "linear:calibrated"
 
 
+def test_a_user_without_a_home_has_no_cache(calibrated, monkeypatch):
+    """As in containers that run under any number; calibration goes on."""
+    for name in ("SD_PROGRESS_CACHE", "XDG_CACHE_HOME", "SD_PROGRESS_CALIBRATE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # whom the system does not know
+    with pytest.warns(PreviewWarning, match="the cache must be writable, got .*; the calibration"):
+        decoder = chosen(unknown_vae())
+    np.testing.assert_array_equal(decoder.factors.weight, calibrated.weight)
+
+
 def _calibrate_at_once(barrier, results):
     torch.set_num_threads(1)
     vae = unknown_vae()

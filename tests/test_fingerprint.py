@@ -122,3 +122,10 @@ def test_weights_that_cannot_be_read(name):
     getattr(vae, name).conv_in.to("meta")
     assert fingerprint(vae) is None
     assert fingerprint(nn.ReLU()) is None
+
+
+def test_weights_that_cannot_be_read_have_none():
+    """Sparse ones here, as an example of tensors that know only some operations."""
+    vae = tiny.vae()
+    vae.register_buffer("odd", torch.eye(3).to_sparse())
+    assert fingerprint(vae) is None

@@ -128,6 +128,25 @@ def test_fp16_vae_that_must_be_upcast_is_left_in_fp16(tmp_path):
     assert {frame.decoder for frame in watched[3]} == {"vae"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_calibrating_before_the_run_does_not_show(dtype):
+    """The VAE is run when the callback is made; random state, weights and pictures are as ever."""
+
+    def ended(**options):
+        pipe, frames = tiny.sd(vae=tiny.working_vae(), dtype=dtype), []
+        seed_everything()
+        given = PreviewCallback(pipe, frames.append, **options) if options else None
+        call = {**tiny.sd_call(pipe, height=32, width=48), "generator": None}
+        images = pipe(**call, callback_on_step_end=given).images
+        random_state = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
+        return [images, random_state, pipe.vae.state_dict(), pipe.vae.dtype, vars(pipe)], frames
+
+    plain, _ = ended()
+    watched, frames = ended(calibrate="always")
+    assert_same(plain, watched)
+    assert {frame.decoder for frame in frames} == {"linear:sd1-calibrated"}
+
+
 def test_the_pipeline_is_as_it_was_found():
     """During the run two methods are shadowed; before a second run and after it, none is."""
     pipe = tiny.sd()

@@ -27,7 +27,7 @@ def places(tmp_path_factory):
         (folder / name).mkdir()
     for number in range(16):
         draw(random_scene(number)).save(folder / "scenes" / f"{number:02}.png")
-    tiny.averaging_vae().save_pretrained(folder / "model")
+    tiny.working_vae().save_pretrained(folder / "model")
     (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\nA VAE.\n")
     return folder
 
@@ -65,7 +65,7 @@ def test_a_row_says_where_it_comes_from(places, tmp_path):
     assert published(places, tmp_path, f"sd1={places / 'model'}") == 0
     row = factors.load(tmp_path / "sd1-calibrated.safetensors")
     assert (row.name, row.kernel_size, row.upscale) == ("sd1-calibrated", 5, 2)
-    assert FactorsRegistry([row]).find(tiny.averaging_vae().half()) is row
+    assert FactorsRegistry([row]).find(tiny.working_vae().half()) is row
     assert (row.vae_hash, row.licence) == (None, "Apache-2.0")
     details = details_of(row)
     assert (details["model"], details["revision"]) == ("model", "a folder")
@@ -87,7 +87,7 @@ def test_the_table_has_all_rows_that_are_there(places, tmp_path):
 def test_a_map_that_is_no_better_is_not_kept(places, tmp_path, monkeypatch, capsys):
     """The published row of the family stays what it was."""
     registry = FactorsRegistry.shipped()
-    best = replace(calibrate(tiny.averaging_vae(), upscale=2), name="sd1")
+    best = replace(calibrate(tiny.working_vae(), upscale=2), name="sd1")
     registry.register(best)
     registry._published.append(registry.by_name("sd1"))
     monkeypatch.setattr(factors, "default_registry", lambda: registry)

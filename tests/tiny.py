@@ -31,7 +31,7 @@ def vae(channels=4, **config):
 
 
 @torch.no_grad()
-def averaging_vae(**config):
+def working_vae(**config):
     """An autoencoder with 4x down that works without training, because it does little.
 
     Its latents are the colours of 4 by 4 pixels, and how they change from left to right, mixed. The
