@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     from .calibration import CalibrationError, calibrate
     from .callback import PreviewCallback, RunCancelled
     from .decoders import ChannelsDecoder, Decoder, PCADecoder
+    from .stream import Phase, astream, stream
     from .tiny_decoder import TinyDecoder
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Factors",
     "Frame",
     "PCADecoder",
+    "Phase",
     "PngFolderWriter",
     "PreviewCallback",
     "PreviewWarning",
@@ -49,9 +51,11 @@ __all__ = [
     "TinyDecoder",
     "Writer",
     "add_preview_arguments",
+    "astream",
     "calibrate",
     "demo_model_path",
     "preview_from_args",
+    "stream",
     "writer_for",
 ]
 
@@ -60,10 +64,13 @@ _NEED_TORCH = {
     "ChannelsDecoder": "decoders",
     "Decoder": "decoders",
     "PCADecoder": "decoders",
+    "Phase": "stream",
     "PreviewCallback": "callback",
     "RunCancelled": "callback",
     "TinyDecoder": "tiny_decoder",
+    "astream": "stream",
     "calibrate": "calibration",
+    "stream": "stream",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import time
 import weakref
@@ -21,7 +22,8 @@ from .decoders import Decoder
 from .factors import Factors
 from .layouts import Layout, layout_for, reason_not_shown, vae_of
 from .pixels import finished_images
-from .run import Batch, Options, Parts, PreviewSource, Run, Step
+from .run import Batch, Options, Parts, PreviewSource, Run, Step, expected_latents
+from .stops import StopWhen, StopWriter, stop_conditions
 from .tap import (
     Call,
     Calls,
@@ -38,11 +40,14 @@ from .vae import vae_decoder
 from .writers import Target, Writer, writer_for
 from .x0 import StepCall
 
+CALLBACK_NAMES = ("callback_on_step_end", "callback")
 _OUTPUTS = {
     "image": ("image", "images", "video", "videos", "frames"),
     "video": ("video", "videos", "frames", "image", "images"),  # an image is what it starts from
     "audio": (),
 }
+Phase = Literal["preparing", "denoising", "finishing"]
+Ending = Literal["cancel", "stop"]
 _START = "progress_bar"  # called by most pipelines just before their loop
 _END = "maybe_free_model_hooks"  # the last thing that pipelines call before they return
 
@@ -107,6 +112,12 @@ class PreviewCallback:
             limit. What they cost is measured as the run goes; where it is too much, steps are
             skipped, and full VAE decodes wait until they can be afforded. The first and the last
             preview are always made.
+        stop_when: a function of one `Frame`, or several: the run is stopped, as by `stop`, where
+            one returns something true. It sees every frame, in a thread of its own.
+            `sd_progress.stops` has some ready.
+        on_phase: is called on the run's own thread, and must be quick: with `"denoising"` when the
+            pipeline begins to step, and with `"finishing"` when its last step is done and it
+            decodes what came out.
         clock: seconds, monotonic.
 
     Raises:
@@ -133,6 +144,8 @@ class PreviewCallback:
         final: bool = False,
         budget: float | None = None,
         calibrate: Calibrate = "auto",
+        stop_when: StopWhen | Sequence[StopWhen] | None = None,
+        on_phase: Callable[[Phase], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check_pipeline(pipe)
@@ -156,6 +169,7 @@ class PreviewCallback:
         if layout is None:
             warn(_why_nothing_is_shown(pipe))
         boundary, self._watch = Boundary(on_error), Stopwatch(clock)
+        self._writers = tuple(map(_checked_writer, targets))
         self._parts = Parts(
             options=self._options,
             make_decoder=decoder_maker(
@@ -165,17 +179,21 @@ class PreviewCallback:
                 calibrate=calibrate,
                 refits=vae_every is not None,
             ),
-            vae_decoder=None if vae_every is None else vae_decoder(vae),
-            writers=tuple(map(_checked_writer, targets)),
+            vae_decoder=vae_decoder(vae, is_needed=vae_every is not None),
+            writers=(*self._writers, *map(StopWriter, stop_conditions(stop_when))),
             boundary=boundary,
             tap=SchedulerTap(clock, boundary, self._watch, _weakly(self._on_scheduler_step)),
             clock=clock,
             watch=self._watch,
+            stop=_weakly(self._stop_run),
         )
+        self._on_phase, self._phase = on_phase, cast("Phase", "preparing")
         self._pipe = weakref.ref(pipe)
         self._layouts = weakref.WeakKeyDictionary[object, Layout | None]()
         self._layouts[pipe] = layout
-        self._is_entered = self._is_cancelled = False
+        self._is_entered = False
+        self._ending: Ending | None = None
+        self._handed_back: Tensor | None = None
         self._silent_steps = 0
         self._run: Run | None = None
         self._last: Run | None = None
@@ -187,7 +205,7 @@ class PreviewCallback:
     @property
     def writers(self) -> tuple[Writer, ...]:
         """One for each target, in their order; file writers have `path`, where the run went."""
-        return tuple(self._parts.writers)
+        return self._writers
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -204,6 +222,17 @@ class PreviewCallback:
     def stats(self) -> Stats:
         """What the previews of the current run, or of the last one, came to so far."""
         return Stats() if self._last is None else self._last.stats
+
+    def as_argument(self) -> dict[str, PreviewCallback]:
+        """What to call the pipeline with: itself, by the name that the pipeline has for callbacks.
+
+        Nothing for pipelines that take none, which are heard in a `with` block all the same.
+
+        Example:
+            `with preview: pipe(prompt, **preview.as_argument())`
+        """
+        taken = inspect.signature(type(self._pipe()).__call__).parameters
+        return next(({name: self} for name in CALLBACK_NAMES if name in taken), {})
 
     # diffusers asks `isinstance(callback, PipelineCallback)` before it reads `tensor_inputs`.
     # To be one by `__class__` needs no base class, and so no import of diffusers.
@@ -239,6 +268,7 @@ class PreviewCallback:
         Returns:
             {} to a pipeline, which changes nothing in any of them; the given dict to whoever else
             calls, such as a `MultiPipelineCallbacks`, which passes it on; None to older pipelines.
+            Only a run that was stopped, and is to finish what is there, gets other `latents`: x0.
 
         Raises:
             RunCancelled: `cancel` was called, and the pipeline knows no other way to end.
@@ -255,14 +285,16 @@ class PreviewCallback:
         self._end_if_cancelled(calls)
         if len(given) == 3:
             return None
-        return cast("dict[str, object]", given[-1]) if is_chained else {}
+        returned = cast("dict[str, object]", given[-1]) if is_chained else {}
+        x0, self._handed_back = self._handed_back, None
+        return returned if x0 is None else {**returned, "latents": x0}
 
     def __enter__(self) -> PreviewCallback:
         """Listen from now on; returns the callback.
 
         Inside the block the pipeline need not be given the callback: its scheduler is enough.
         """
-        self._is_entered, self._is_cancelled = True, False
+        self._is_entered, self._ending = True, None
         self._runs_at_entry = self._runs_begun
         pipe = self._pipe()
         if pipe is not None:
@@ -299,9 +331,28 @@ class PreviewCallback:
         are completed and the pipeline can be used again. In a distributed run call it on every
         rank, or the others wait for ever.
         """
+        if self._is_run_expected():
+            self._ending = "cancel"
+
+    def stop(self) -> None:
+        """End the current run at its next step, and keep what is there.
+
+        Like `cancel`, but the picture is that which the model expects at that step, without its
+        noise: pipelines that heed `pipe._interrupt` and call the callback finish and return it; of
+        the others it is the last frame, decoded by the VAE.
+        """
+        if self._is_run_expected():
+            self._ending = "stop"
+
+    def _stop_run(self, index: int) -> None:
+        """The same for one run only, which may be over."""
+        if self._run is not None and self._run.index == index:
+            self.stop()
+
+    def _is_run_expected(self) -> bool:
+        """Whether there is a run, or one is to come; other ranks do not know of theirs."""
         is_one_coming = self._is_entered and self._runs_begun == self._runs_at_entry
-        # other ranks do not preview, and so do not know of their runs
-        self._is_cancelled = self._run is not None or is_one_coming or not _is_first_rank()
+        return self._run is not None or is_one_coming or not _is_first_rank()
 
     def close(self) -> None:
         """End the run, if there is one, and leave the pipeline as it was found.
@@ -322,7 +373,7 @@ class PreviewCallback:
 
     def _end(self) -> None:
         self._finish()
-        self._is_cancelled = False
+        self._ending = None
         if self._ears is not None:
             self._ears.close()
 
@@ -359,7 +410,11 @@ class PreviewCallback:
             return
         if layout.row.latents is not None and calls is not None:
             latents = cast(Tensor, calls.inner.local(layout.row.latents))
-        self._take(layout, calls, cast(Pipeline, pipe), index, timestep, latents, latents)
+        # older pipelines take nothing back; others would take it back as something else
+        can_hand_back = bool(given) and layout.row.latents is None
+        self._take(
+            layout, calls, cast(Pipeline, pipe), index, timestep, latents, latents, can_hand_back
+        )
         if self._run is not None:
             self._run.is_called_back = True
 
@@ -395,7 +450,7 @@ class PreviewCallback:
         run = self._run
         if run is not None and run.is_called_back and run.call is calls.outer.frame:
             return True
-        given = [calls.inner.local(name) for name in ("callback_on_step_end", "callback")]
+        given = [calls.inner.local(name) for name in CALLBACK_NAMES]
         given = [one for one in given if one is not None]
         if any(one is self or self in _members(one) for one in given):
             return True
@@ -420,10 +475,12 @@ class PreviewCallback:
         timestep: object,
         latents: Tensor,
         context: Tensor,
+        can_hand_back: bool = False,
     ) -> None:
         if latents.ndim < layout.row.least_ndim:
             return  # an embedding, which some pipelines step first
         run = self._current_run(calls, pipe)
+        self._enter("denoising")
         run.calls = calls
         frame = None if calls is None else calls.inner.frame
         scheduler_call, is_first = self._parts.tap.take()
@@ -442,7 +499,16 @@ class PreviewCallback:
             is_first=is_first and scheduler_call is not None,
             at_s=self._parts.clock(),
         )
-        run.step(step, is_last=self._is_cancelled or bool(getattr(pipe, "_interrupt", False)))
+        is_stopped = self._ending == "stop"
+        if is_stopped and can_hand_back and inner is not None and _heeds_interrupt(inner):
+            self._handed_back = expected_latents(step)
+        run.step(
+            step,
+            is_last=self._ending is not None or bool(getattr(pipe, "_interrupt", False)),
+            decodes=is_stopped and self._handed_back is None,
+        )
+        if run.is_complete or self._ending is not None:
+            self._enter("finishing")
         if run.is_complete and _is_last_of(calls, layout):
             self._finish()
 
@@ -476,7 +542,7 @@ class PreviewCallback:
         return run is not None and calls is not None and calls.outer.frame is run.call
 
     def _end_if_cancelled(self, calls: Calls | None) -> None:
-        if not self._is_cancelled:
+        if self._ending is None:
             return
         if calls is not None and _heeds_interrupt(calls.inner):
             calls.inner.pipe._interrupt = True  # type: ignore[attr-defined]
@@ -484,10 +550,11 @@ class PreviewCallback:
         self._finish()
         if calls is not None and hasattr(calls.outer.pipe, _END):
             calls.outer.pipe.maybe_free_model_hooks()
-        self._is_cancelled = False
+        self._ending = None
         raise RunCancelled(self)
 
     def _on_loop_begins(self) -> None:
+        self._enter("denoising")
         with self._parts.boundary.around("listening to the scheduler"):
             pipe = self._pipe()
             if pipe is not None and self._is_entered and self._run is None:
@@ -502,7 +569,7 @@ class PreviewCallback:
         if run is None or calls is None or run.call is not calls.outer.frame:
             if run is None:  # that call was not ours: keep nothing of it
                 self._parts.tap.forget()
-                self._is_cancelled = False
+                self._ending = None
             return
         with self._parts.boundary.around("the last frame"), self._watch, _no_grad():
             run.submit_skipped()
@@ -518,7 +585,16 @@ class PreviewCallback:
         if run is not None and not run.is_current_thread:
             self._leave(run)
             self._parts.tap.forget()
-            self._is_cancelled = False
+            self._ending = self._handed_back = None
+            self._phase = "preparing"
+
+    def _enter(self, phase: Phase) -> None:
+        """Tell that the run is now in another phase."""
+        if self._phase != phase:
+            self._phase = phase
+            if self._on_phase is not None:
+                with self._parts.boundary.around("on_phase"):
+                    self._on_phase(phase)
 
     def _leave(self, run: Run) -> None:
         self._unfinished = run  # also where Ctrl-C ends the waiting: the next run's files wait

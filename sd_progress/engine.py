@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ POLL_S = 0.05
 PATIENCE_S = 30.0
 HOLD_S = 0.1
 SEGMENT_BYTES = 64 << 20
+_OMP_PAUSE_SOFT = 1
 
 
 # What waits ---------------------------------------------------------------------------------
@@ -502,6 +504,17 @@ def work_on_one_core() -> None:
     for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
         with contextlib.suppress(OSError, AttributeError):  # another platform's torch
             getattr(_torch_library(), name)(1)
+
+
+def release_team() -> None:
+    """End the calling thread's own threads of GNU OpenMP; it gets new ones when it needs some.
+
+    Where a pipeline goes to another thread, which computes with threads of its own, those of the
+    thread that it was loaded in would make it slower while they do nothing, as told above.
+    """
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(os.fspath(path)).omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 def _let_the_run_go_first() -> None:

@@ -6,7 +6,8 @@ import base64
 import functools
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -51,6 +52,8 @@ class Frame:
             given. (B * F, C, h, w) for a video whose VAE takes images, token ids for one that takes
             those, and the picture itself in pixel space. Kept only with `keep_latents=True`; with
             `source="both"`, the denoised ones.
+        is_finite: whether all latents that are shown were finite; NaN and infinity are shown grey.
+        output: what the pipeline returned; only in the last frame of `sd_progress.stream`.
     """
 
     images: NDArray[np.uint8]
@@ -65,6 +68,29 @@ class Frame:
     layout: str = "plain"
     run_index: int = 0
     latents: Tensor | None = None
+    is_finite: bool = True
+    output: object = None
+    _stop: Callable[[], None] | None = field(default=None, repr=False)
+
+    def stop(self) -> None:
+        """End the run at its next step and keep what is there; from any thread.
+
+        The picture that then comes last is what the model expected at that step. Does nothing where
+        the run is over.
+
+        Raises:
+            RuntimeError: the frame came from another process, or from a file.
+        """
+        if self._stop is None:
+            raise RuntimeError(
+                "frame must be one of a run in this process, got one that was sent or made; "
+                "have the process that runs the pipeline stop it"
+            )
+        self._stop()
+
+    def __getstate__(self) -> dict[str, object]:
+        """What travels to other processes: all but the way back to the run."""
+        return {**vars(self), "output": None, "_stop": None}
 
     @property
     def progress(self) -> float:

@@ -94,7 +94,7 @@ def generate(task: Task) -> None:
     began_s = time.monotonic()
     try:
         with preview:
-            result = pipe(**arguments, **_given_callback(pipe, preview))
+            result = pipe(**arguments, **preview.as_argument())
     except KeyboardInterrupt:
         print(f"\nStopped {made.progress}.\n{made}", flush=True)
         raise
@@ -234,13 +234,6 @@ def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
     if "generator" in taken:  # on the CPU, so that a seed is the same picture on every device
         arguments["generator"] = torch.Generator("cpu").manual_seed(task.seed)
     return arguments
-
-
-def _given_callback(pipe: DiffusionPipeline, preview: PreviewCallback) -> dict[str, object]:
-    """How the pipeline is given the callback; some take none, and are listened to."""
-    taken = inspect.signature(type(pipe).__call__).parameters
-    names = ("callback_on_step_end", "callback")
-    return next(({name: preview} for name in names if name in taken), {})
 
 
 def device_named(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
@@ -76,6 +77,7 @@ class Parts:
     tap: SchedulerTap
     clock: Callable[[], float]
     watch: Stopwatch
+    stop: Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -475,15 +477,21 @@ class Run:
         self._steps += 1
         self.num_steps = max(self.num_steps, self._steps)
 
-    def step(self, step: Step, *, is_last: bool) -> None:
-        """Take a step that was counted in: decide, copy what is small, hand over, return."""
+    def step(self, step: Step, *, is_last: bool, decodes: bool = False) -> None:
+        """Take a step that was counted in: decide, copy what is small, hand over, return.
+
+        Args:
+            step: what was seen of it.
+            is_last: whether the run ends with it, however many were expected.
+            decodes: whether the VAE is to decode it, if there is one, however seldom it does.
+        """
         self.shows = step.layout.row.shows
         if self._frames == 0 and self._skipped is None:
             self._first_step_s = step.at_s
             if self.parts.options.initial and step.is_first:
                 self._submit_initial(step)
         if is_last or self.is_complete or (self._is_due(step.at_s) and self._affords(step.at_s)):
-            self._submit_step(step)
+            self._submit_step(step, decodes=decodes)
         else:
             self._skipped = step
 
@@ -537,11 +545,11 @@ class Run:
             self._left_out += 1
             _tell_of_no_room(self.parts.boundary)
 
-    def _submit_step(self, step: Step) -> None:
+    def _submit_step(self, step: Step, *, decodes: bool = False) -> None:
         self._skipped = None
         self._last_frame_s = step.at_s
         self._frames += 1
-        self._submit(self._job(step))
+        self._submit(self._job(step, is_decoded=decodes))
 
     def _is_due(self, now: float) -> bool:
         options = self.parts.options
@@ -593,9 +601,9 @@ class Run:
                 )
             )
 
-    def _job(self, step: Step) -> _Job:
+    def _job(self, step: Step, *, is_decoded: bool) -> _Job:
         options = self.parts.options
-        decodes = self._is_vae_due(step)
+        decodes = self._can_decode(step) and (is_decoded or self._is_vae_due(step))
         x0 = None if options.source == "noisy" else self._x0(step, is_wanted_now=decodes)
         noisy = None if x0 is not None and options.source == "denoised" else step.latents
         context = self._context(step, noisy, x0)
@@ -681,12 +689,14 @@ class Run:
                 return sigma_after(step.call), scale
         return None, 1.0
 
+    def _can_decode(self, step: Step) -> bool:
+        row = step.layout.row
+        has_vae = self.parts.vae_decoder is not None and not self._vae_failed
+        return has_vae and row.space != "pixels" and row.shows != "audio"
+
     def _is_vae_due(self, step: Step) -> bool:
-        every, row = self.parts.options.vae_every, step.layout.row
-        if every is None or self._frames % every or self._vae_failed:
-            return False
-        is_decoded = row.space != "pixels" and row.shows != "audio"
-        return is_decoded and self._affords_vae(step.at_s)
+        every = self.parts.options.vae_every
+        return every is not None and self._frames % every == 0 and self._affords_vae(step.at_s)
 
     def _full_decode(
         self, step: Step, pictured: Sequence[Tensor], context: Tensor | None
@@ -795,7 +805,7 @@ class Run:
         return None
 
     def _frame(self, job: _Job) -> Frame:
-        decoder, latents, source = job.decoder, None, job.source
+        decoder, latents, source, is_finite = job.decoder, None, job.source, True
         images = job.images.load() if isinstance(job.images, Stored) else job.images
         is_kept = self.parts.options.keep_latents
         learner = None if images is None else self._learner(job)
@@ -819,7 +829,7 @@ class Run:
                     )
             if images is None:
                 pictured = _pictured(noisy, x0, job.noise_scale)
-                self._check_finite(pictured, job.step_index)
+                is_finite = self._check_finite(pictured, job.step_index)
                 looked_at = [_looked_at(job.layout, x, context, values) for x in pictured]
                 images, decoder = self._drawn(job.layout, looked_at, values)
                 if job.step_index == INITIAL_STEP_INDEX and self.parts.options.source == "both":
@@ -838,6 +848,8 @@ class Run:
             layout="" if job.layout is None else job.layout.name,
             run_index=self.index,
             latents=latents,
+            is_finite=is_finite,
+            _stop=functools.partial(self.parts.stop, self.index),
         )
 
     def _learner(self, job: _Job) -> RefitDecoder | None:
@@ -871,13 +883,15 @@ class Run:
             return None
         return _come(job.denoised)
 
-    def _check_finite(self, pictured: Sequence[Tensor], step_index: int) -> None:
-        if not _are_finite(pictured):
+    def _check_finite(self, pictured: Sequence[Tensor], step_index: int) -> bool:
+        is_finite = _are_finite(pictured)
+        if not is_finite:
             self.parts.boundary.tell(
                 "finite",
                 f"latents must be finite, got NaN or infinity after step {step_index + 1}; "
                 "such pixels are shown grey, and bfloat16 or float32 may cure it",
             )
+        return is_finite
 
     def _drawn(
         self, layout: Layout, looked_at: Sequence[Shown], values: Mapping[str, object]
@@ -905,6 +919,14 @@ def _is_better_later(call: StepCall) -> bool:
 def _x0_of(step: Step) -> Tensor | None:
     x0 = None if step.call is None else predict_x0(step.call)
     return None if x0 is None else _with_kept(x0, step.kept)
+
+
+def expected_latents(step: Step) -> Tensor | None:
+    """What a pipeline can go on with instead of a step's latents: x0, if it is of their kind."""
+    x0 = _x0_of(step) if step.parts is None else None
+    if x0 is None or x0.shape != step.latents.shape or not x0.isfinite().all():
+        return None
+    return x0.to(step.latents.dtype)
 
 
 def _come(copy: Snapshot | None) -> Tensor | None:

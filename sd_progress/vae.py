@@ -193,13 +193,15 @@ def _long_enough(vae: nn.Module, latents: Tensor) -> Tensor:
     return latents.repeat_interleave(repeats, dim=2) if repeats > 1 else latents
 
 
-def vae_decoder(vae: object) -> VaeDecoder:
-    """The full decoder of a pipeline's autoencoder.
+def vae_decoder(vae: object, *, is_needed: bool) -> VaeDecoder | None:
+    """The full decoder of a pipeline's autoencoder; None if it has none.
 
     Raises:
-        ValueError: the pipeline has none.
+        ValueError: the pipeline has none, and it is needed.
     """
     if not isinstance(vae, nn.Module):
+        if not is_needed:
+            return None
         raise ValueError(
             f"vae_every must be None for a pipeline without a VAE, got {type(vae).__name__} as "
             "its VAE; leave vae_every out"
