@@ -41,7 +41,7 @@ from sd_progress.latent_space import HELD_OUT_EVERY
 from sd_progress.regression import RIDGES
 from sd_progress.synthetic import dead_leaves
 
-SYNTHETIC, SIDE_PX = 32, 192
+SIDE_PX = 192
 LUMA = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]).double()
 
 Features = Callable[[Tensor], Tensor]
@@ -200,7 +200,7 @@ class Solution:
 
 
 def solution(idea: Idea, samples: Sequence[Sample]) -> Solution:
-    """The fit with the ridge that draws every fourth sample best, along each axis."""
+    """Fitted on all samples, with the ridge that draws best what is held out, along each axis."""
     held = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     kept = [sample for sample in samples if not any(sample is other for other in held)]
     features = idea.features(kept)
@@ -216,7 +216,9 @@ def solution(idea: Idea, samples: Sequence[Sample]) -> Solution:
     best = torch.stack(errors).argmin(dim=0)
     if idea.axes is None:
         best = torch.stack(errors).sum(dim=1).argmin().expand(3)
-    along = torch.stack([(solved[best[k]] @ axes.T)[..., k] for k in range(3)], dim=-1)
+    sums = [summed(idea, features, parts, samples, part) for part in range(len(sums))]
+    chosen = [ridged(sums, RIDGES[int(number)]) @ axes.T for number in best]  # of all samples
+    along = torch.stack([one[..., axis] for axis, one in enumerate(chosen)], dim=-1)
     return Solution(features, parts, along @ axes.inverse().T)
 
 
@@ -268,9 +270,9 @@ def sampled(vae: torch.nn.Module, sources: Sequence[Path | Image.Image]) -> list
     return samples
 
 
-def leaves() -> list[Image.Image]:
+def leaves(count: int) -> list[Image.Image]:
     """What `calibrate` makes."""
-    made = dead_leaves(SYNTHETIC, SIDE_PX, torch.Generator().manual_seed(0))
+    made = dead_leaves(count, SIDE_PX, torch.Generator().manual_seed(0))
     pixels = ((made / 2 + 0.5) * 255).round().to(torch.uint8).movedim(1, -1).numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
@@ -295,15 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae", default=str(demo_model_path()), help="default: the demo model's")
     parser.add_argument("--images", type=Path, help="a folder of pictures")
     parser.add_argument("--split", type=int, default=0, help="fit on the first so many, too")
+    parser.add_argument("--synthetic", type=int, default=32, help="how many (default: 32)")
+    parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS), metavar="IDEA")
     args = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
     vae = load_vae(args.vae)
     pictures = drawn_scenes(60) if args.images is None else picture_files(args.images)
-    scored, synthetic = sampled(vae, pictures), sampled(vae, leaves())
+    scored, synthetic = sampled(vae, pictures), sampled(vae, leaves(args.synthetic))
     split = f" {args.split} pictures: PSNR | CIEDE2000 |" if args.split else ""
     print(f"| idea | PSNR | CIEDE2000 |{split} numbers |")
     print("|---|" + "---:|" * (5 if args.split else 3))
     for name, idea in tqdm(IDEAS.items(), "ideas", leave=False):
+        if name not in args.ideas:
+            continue
         found = solution(idea, synthetic)
         cells = ["{:.2f} | {:.2f}".format(*likeness(found, scored))]
         if args.split:

@@ -162,9 +162,11 @@ class Gif(GrowingAnimation):
         return screen + struct.pack("<3s11sBBHB", b"!\xff\x0b", b"NETSCAPE2.0", 3, 1, repeats, 0)
 
     def block(self, image: Image.Image, duration_ms: int) -> bytes:
-        picture = self._colours.of(image)
+        is_noise = _is_noise(image)
+        picture = self._colours.of(image, is_noise=is_noise)
         shown, flags = picture.convert("RGB"), GIF_KEEP
-        if self._shown is not None and self._meant is not None:
+        # nothing of one noise is near another
+        if self._shown is not None and self._meant is not None and not is_noise:
             near = _within(image, self._shown, GIF_UNSEEN_LEVELS)
             same = ImageChops.lighter(near, _within(image, self._meant, GIF_UNCHANGED_LEVELS))
             picture.paste(GIF_TRANSPARENT, mask=same)
@@ -186,7 +188,7 @@ GIF_UNSEEN_LEVELS = 6
 GIF_UNCHANGED_LEVELS = 2
 GIF_NOISE_LEVELS = 6.0
 GIF_WORSE_COLOURS = 1.05
-GIF_OTHER_NOISE_LEVELS = 4.0
+GIF_OTHER_NOISE_LEVELS = 8.0
 GIF_TRANSPARENT = 255
 GIF_KEEP, GIF_HAS_TRANSPARENT = 1 << 2, 1
 
@@ -201,28 +203,31 @@ class _Colours:
 
     def __init__(self) -> None:
         self._palette: Image.Image | None = None
-        self._error = 0.0  # of the sample that they were made of
-        self._spread: NDArray[np.float64] | None = None  # likewise
+        self._error: float | None = None  # of the sample that they were made of; None of noise
+        self._spread: NDArray[np.float64] | None = None  # of the same, if it was noise
 
-    def of(self, image: Image.Image) -> Image.Image:
+    def of(self, image: Image.Image, *, is_noise: bool) -> Image.Image:
         """`image` in 255 colours; dithered, unless it is noise, which has no bands to hide."""
         sample = image.copy()
         sample.thumbnail((64, 64), Image.Resampling.NEAREST)
-        palette, is_noise = self._palette, _is_noise(image)
+        palette = self._palette
         fits = self._fits_noise if is_noise else self._fits
         if palette is None or not fits(sample, palette):
-            palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
-            self._palette, self._error = palette, _error(sample, palette)
-            self._spread = _spread(sample)
+            palette = self._palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
+            self._error = None if is_noise else _error(sample, palette)
+            self._spread = _spread(sample) if is_noise else None
         dither = Image.Dither.NONE if is_noise else Image.Dither.FLOYDSTEINBERG
         return image.quantize(palette=palette, dither=dither)
 
     def _fits_noise(self, sample: Image.Image, palette: Image.Image) -> bool:
         """Of noise no two samples are alike, but they are of the same kind for some time."""
-        assert self._spread is not None
+        if self._spread is None:
+            return False
         return bool(np.abs(_spread(sample) - self._spread).max() <= GIF_OTHER_NOISE_LEVELS)
 
     def _fits(self, sample: Image.Image, palette: Image.Image) -> bool:
+        if self._error is None:
+            return False
         return _error(sample, palette) <= GIF_WORSE_COLOURS * self._error
 
 

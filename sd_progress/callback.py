@@ -188,7 +188,8 @@ class PreviewCallback:
             watch=self._watch,
             stop=_weakly(self._stop_run),
         )
-        self._on_phase, self._phase = on_phase, cast("Phase", "preparing")
+        self._on_phase = on_phase
+        self._phase: Phase = "preparing"
         self._pipe = weakref.ref(pipe)
         self._layouts = weakref.WeakKeyDictionary[object, Layout | None]()
         self._layouts[pipe] = layout

@@ -85,8 +85,8 @@ class _NoChange:
             return False
         images, last = frame.images.astype(np.int16), self._last
         # what another decoder drew differs, and tells nothing of the run
-        is_comparable = last is not None and last.shape == images.shape
-        if is_comparable and frame.decoder == self._decoder:
+        is_same = frame.decoder == self._decoder
+        if is_same and last is not None and last.shape == images.shape:
             is_alike = np.abs(images - last).mean() <= self._levels
             self._alike = self._alike + 1 if is_alike else 0
         self._last, self._decoder = images, frame.decoder

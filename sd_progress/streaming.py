@@ -93,8 +93,17 @@ def _prepared(
     Args:
         pipe: the diffusers pipeline to call. It must not be used otherwise until the end.
         targets: where frames go besides, as for `PreviewCallback`; files get all of them.
-        every, vae_every, source, batch, decoder, keep_latents, min_interval_s, initial, budget,
-            calibrate, stop_when: as for `PreviewCallback`.
+        every: this option, and those that follow, are as for `PreviewCallback`.
+        vae_every: likewise.
+        source: likewise.
+        batch: likewise.
+        decoder: likewise.
+        keep_latents: likewise.
+        min_interval_s: likewise.
+        initial: likewise.
+        budget: likewise.
+        calibrate: likewise.
+        stop_when: likewise.
         on_phase: is called with each `Phase` as it begins, where the frames are taken: encoding
             the prompt and decoding the picture show no frames, and can take long.
         **call_kwargs: what the pipeline is called with.

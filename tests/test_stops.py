@@ -61,5 +61,5 @@ def test_no_change_begins_anew_with_each_run():
 @pytest.mark.parametrize("option", [{"levels": -1}, {"after": 2}, {"steps": 0}])
 def test_wrong_options(option):
     """They say what is expected."""
-    with pytest.raises(ValueError, match=f"{[*option][0]} must be"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
         stops.no_change(**option)
