@@ -271,8 +271,9 @@ def sampled(vae: torch.nn.Module, sources: Sequence[Path | Image.Image]) -> list
 
 
 def leaves(count: int) -> list[Image.Image]:
-    """What `calibrate` makes."""
-    made = dead_leaves(count, SIDE_PX, torch.Generator().manual_seed(0))
+    """The very pictures that `calibrate` makes, which come with a margin."""
+    made = dead_leaves(count, SIDE_PX + 2, torch.Generator().manual_seed(0))
+    made = made[..., :SIDE_PX, :SIDE_PX]
     pixels = ((made / 2 + 0.5) * 255).round().to(torch.uint8).movedim(1, -1).numpy()
     return [Image.fromarray(picture) for picture in pixels]
 

@@ -2,7 +2,9 @@
 
 Convolutions are timed in the main thread, in turns: alone, beside a thread that waits, beside one
 that has computed something in torch and then waits, and beside one that has done so after
-`work_on_one_core`, as the preview's threads do. Printed are medians, and ratios to being alone.
+`work_on_one_core`, as the preview's threads do. Then they go to a new thread, as a pipeline does
+whose frames are streamed: as it is, and after `release_team` has ended the threads of the one that
+it comes from. Printed are medians, and ratios to being alone.
 
     python benchmarks/second_thread.py
 """
@@ -10,6 +12,7 @@ that has computed something in torch and then waits, and beside one that has don
 from __future__ import annotations
 
 import argparse
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +21,7 @@ from statistics import median
 import torch
 from torch.nn import functional
 
-from sd_progress.engine import work_on_one_core
+from sd_progress.engine import release_team, work_on_one_core
 
 
 def compute() -> None:
@@ -74,6 +77,23 @@ def beside(way: Callable[[], None] | None) -> float:
     return found_ms
 
 
+def moved(prepare: Callable[[], None]) -> float:
+    """In a thread of its own, after the calling one has done `prepare`."""
+    layers_ms(10)  # else the calling thread might have no threads to release
+    prepare()
+    found: list[float] = []
+    thread = threading.Thread(target=lambda: found.append(beside(None)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+MOVES: dict[str, Callable[[], None]] = {
+    "in a new thread": nothing,
+    "in a new thread, the old one's released": release_team,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Time all ways in turns, print a table."""
     parser = argparse.ArgumentParser(
@@ -85,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     layers_ms()
-    rounds = [{name: beside(way) for name, way in WAYS.items()} for _ in range(args.rounds)]
+    ways = {name: functools.partial(beside, way) for name, way in WAYS.items()}
+    ways |= {name: functools.partial(moved, move) for name, move in MOVES.items()}
+    rounds = [{name: way() for name, way in ways.items()} for _ in range(args.rounds)]
     print("| beside | ms | ratio |\n|---|---:|---:|")
-    for name in WAYS:
+    for name in ways:
         ratio = median(one[name] / one["alone"] for one in rounds)
         print(f"| {name} | {median(one[name] for one in rounds):.2f} | {ratio:.2f} |")
 

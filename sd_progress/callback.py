@@ -420,8 +420,10 @@ class PreviewCallback:
             return
         if layout.row.latents is not None and calls is not None:
             latents = cast(Tensor, calls.inner.local(layout.row.latents))
-        # older pipelines take nothing back; others would take it back as something else
-        can_hand_back = bool(given) and layout.row.latents is None
+        # older pipelines take nothing back, others would take it back as something else, and what
+        # makes a video in parts goes on to the next part
+        row = layout.row
+        can_hand_back = bool(given) and row.latents is None and not row.is_in_parts
         self._take(
             layout, calls, cast(Pipeline, pipe), index, timestep, latents, latents, can_hand_back
         )

@@ -292,3 +292,29 @@ def test_every_run_can_be_cancelled(name):
     assert len(cancelled) < len(steps)
     whole = attributes_of(case.pipe)
     assert [owner for owner in after if not set(after[owner]) <= set(whole[owner])] == []
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_run_can_be_stopped(name):
+    """What it then finishes is what the model expected at that step, without its noise.
+
+    Where it cannot finish early, the VAE has decoded that for the last frame.
+    """
+    case, steps, frames, decodes = zoo.build(name), [], [], []
+
+    def stop(number):
+        steps.append(number)
+        preview.stop()
+
+    with (
+        PreviewCallback(case.pipe, frames.append, keep_latents=True, on_error="raise") as preview,
+        at_each_step(case.pipe, stop),
+    ):
+        _, decodes = zoo.run(case, **preview_arguments(case.pipe, preview))
+    stopped, steps = len(steps), []
+    with at_each_step(case.pipe, steps.append):
+        zoo.run(case)
+    assert stopped < len(steps)
+    leaves_frames_out = name == "ChronoEditPipeline:shortened"  # at a step that does not come
+    if decodes and frames[-1].decoder != "vae" and not leaves_frames_out:
+        torch.testing.assert_close(frames[-1].latents, case.decoded(decodes), rtol=1e-2, atol=1e-2)
