@@ -149,7 +149,7 @@ class PreviewCallback:
         on_phase: Callable[[Phase], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check_pipeline(pipe)
+        check_pipeline(pipe)
         _check_count("every", every, "1 previews every step")
         if vae_every is not None:
             _check_count("vae_every", vae_every, "None decodes with the linear map only")
@@ -798,7 +798,12 @@ def _is_end_of(part: Tensor, whole: Tensor) -> bool:
     return is_view and part[:1].data_ptr() + part.nbytes == whole[:1].data_ptr() + whole.nbytes
 
 
-def _check_pipeline(pipe: object) -> None:
+def check_pipeline(pipe: object) -> None:
+    """Whether previews can be made of it.
+
+    Raises:
+        TypeError: it is no pipeline.
+    """
     if not callable(pipe) or not (is_pipeline(type(pipe)) or hasattr(pipe, "scheduler")):
         raise TypeError(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}; "

@@ -13,14 +13,14 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .callback import CALLBACK_NAMES, PreviewCallback
+from .callback import CALLBACK_NAMES, PreviewCallback, check_pipeline
 from .callback import Phase as PhaseName
 from .choice import Calibrate
 from .decoders import Decoder
@@ -112,10 +112,12 @@ def _prepared(
         TypeError: the pipeline does not take one of `call_kwargs`, or `pipe` or a target is of no
             known kind.
         ValueError: an option is out of its range.
+        RuntimeError: the pipeline is streamed already; raised when the first frame is asked for.
 
     Example:
         `for frame in stream(pipe, prompt="a red fox"): show(frame.image, frame.progress)`
     """
+    check_pipeline(pipe)
     _check_arguments(pipe, call_kwargs)
     if on_phase is not None and not callable(on_phase):
         raise TypeError(
@@ -162,7 +164,7 @@ class _Post:
         self.on_change: Callable[[], None] = _nothing
         self.last: Frame | None = None
         self._changed = threading.Condition()
-        self._timing = _Timing(_lasted.setdefault(pipe, {}))
+        self._timing = _Timing(_known_of(pipe).lasted_s)
         self._phases: deque[Phase] = deque()
         self._frame: Frame | None = None
         self._is_over = False
@@ -220,11 +222,11 @@ class _Timing:
     """When which phase of a run began, and how long each took the last time.
 
     Args:
-        lasted: seconds by phase, of the last run of the same pipeline; changed in place.
+        lasted_s: by phase, of the last run of the same pipeline; changed in place.
     """
 
-    def __init__(self, lasted: dict[PhaseName, float]) -> None:
-        self._lasted, self._before = lasted, dict(lasted)
+    def __init__(self, lasted_s: dict[PhaseName, float]) -> None:
+        self._lasted_s, self._before_s = lasted_s, dict(lasted_s)
         self._called_s = self._began_s = time.perf_counter()
         self._name: PhaseName | None = None
 
@@ -234,17 +236,34 @@ class _Timing:
         if self._name is None:
             self._called_s = self._began_s
         self._name = name
-        return Phase(name, self._began_s - self._called_s, self._before.get(name))
+        return Phase(name, self._began_s - self._called_s, self._before_s.get(name))
 
     def end(self) -> None:
         """The phase is over."""
         now_s = time.perf_counter()
         if self._name is not None:
-            self._lasted[self._name] = now_s - self._began_s
+            self._lasted_s[self._name] = now_s - self._began_s
         self._began_s = now_s
 
 
-_lasted: weakref.WeakKeyDictionary[Pipeline, dict[PhaseName, float]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a pipeline beyond one run.
+
+    Attributes:
+        lasted_s: how long each phase took the last time.
+        is_streamed: held as long as one of its runs is.
+    """
+
+    lasted_s: dict[PhaseName, float] = field(default_factory=dict)
+    is_streamed: threading.Lock = field(default_factory=threading.Lock)
+
+
+_known: weakref.WeakKeyDictionary[Pipeline, _Known] = weakref.WeakKeyDictionary()
+
+
+def _known_of(pipe: Pipeline) -> _Known:
+    return _known.setdefault(pipe, _Known())
 
 
 class _Streaming:
@@ -313,6 +332,11 @@ class _Streaming:
             self._join()
 
     def _start(self) -> None:
+        if not _known_of(self._pipe).is_streamed.acquire(blocking=False):
+            raise RuntimeError(
+                f"pipe must be idle, got a {type(self._pipe).__name__} that is streamed already; "
+                "leave that loop first, or load another pipeline"
+            )
         here = _Here()
         release_team()
         self._thread = threading.Thread(
@@ -376,6 +400,7 @@ class _Streaming:
             self._error = error
         finally:
             self._arguments = {}
+            _known_of(self._pipe).is_streamed.release()
             self._post.end()
 
 

@@ -389,7 +389,7 @@ def test_a_pipeline_that_cannot_finish_early_leaves_its_guess():
     assert frames[-1].step_index < 10
 
 
-def test_an_old_frame_does_not_stop_a_new_run(pipe):
+def test_an_old_frame_does_not_stop_a_new_run(pipe, slow):
     """Nor does it fail."""
     old = collect(pipe)[0]
     frames = stream(pipe, **call(pipe))
@@ -425,6 +425,22 @@ def test_nan_stops_the_run(pipe):
 
 
 # Wrong use
+
+
+def test_a_pipeline_is_streamed_once_at_a_time(pipe, slow):
+    """Two runs would mix up their pictures; the first one goes on."""
+    first = stream(pipe, **call(pipe))
+    next(first)
+    with pytest.raises(RuntimeError, match="pipe must be idle, got a StableDiffusionPipeline"):
+        next(stream(pipe, **call(pipe)))
+    assert [*first][-1].source == "final"
+    assert collect(pipe)[-1].source == "final"
+
+
+def test_what_is_no_pipeline():
+    """It is told before anything else."""
+    with pytest.raises(TypeError, match="pipe must be a diffusers pipeline"):
+        stream("a prompt")
 
 
 @pytest.mark.parametrize(
