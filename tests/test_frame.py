@@ -2,6 +2,7 @@
 
 import base64
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -118,3 +119,15 @@ def test_a_wrong_format_is_refused():
     """The message names the ones there are."""
     with pytest.raises(ValueError, match="format must be one of 'png', 'jpeg', 'webp', got 'bmp'"):
         frame().to_bytes("bmp")
+
+
+def test_a_frame_in_another_process_cannot_stop_the_run():
+    """It travels without the way back, and says so."""
+    stopped = []
+    made = frame(output="what the pipeline returned", _stop=lambda: stopped.append(1))
+    sent = pickle.loads(pickle.dumps(made))
+    made.stop()
+    assert stopped == [1]
+    assert sent.output is None
+    with pytest.raises(RuntimeError, match="frame must be one of a run in this process"):
+        sent.stop()

@@ -331,7 +331,7 @@ def test_ctrl_c_cancels_and_leaves_the_files_whole(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_a_program_that_ends_takes_its_runs_along(tmp_path):
-    """A generator that nobody closes does not keep the process for the whole run."""
+    """A generator that nobody closes does not keep the process; its files are completed."""
     script = textwrap.dedent(
         """
         import sys
@@ -340,13 +340,16 @@ def test_a_program_that_ends_takes_its_runs_along(tmp_path):
         from sd_progress import stream
         pipe = tiny.sd()
         slow = test_stream.Slow(pipe.unet, 0.1)
-        frames = stream(pipe, **test_stream.call(pipe, steps=500))
+        frames = stream(pipe, **test_stream.call(pipe, steps=500), targets=["steps"])
         next(frames)
         sys.modules["kept"] = frames
         """
     )
     words = [sys.executable, "-c", script, str(Path(__file__).parent)]
     subprocess.run(words, cwd=tmp_path, check=True, timeout=60)
+    names = [path.name for path in (tmp_path / "steps").iterdir()]
+    assert 0 < len(names) < 20
+    assert {Path(name).suffix for name in names} == {".png"}  # the lock of an open folder is gone
 
 
 def test_two_hundred_runs_leave_no_thread(pipe):
@@ -396,6 +399,23 @@ def test_an_old_frame_does_not_stop_a_new_run(pipe, slow):
     next(frames)
     old.stop()
     assert [*frames][-1].output is not None
+
+
+def test_a_frame_stops_its_own_run_only(pipe):
+    """The next run of the same callback goes on."""
+    frames = []
+
+    def stop_with_the_first(frame):
+        frames.append(frame)
+        frames[0].stop()
+
+    callback = PreviewCallback(pipe, stop_with_the_first)
+    for _ in range(2):
+        slow = Slow(pipe.unet)
+        pipe(**call(pipe, steps=20), callback_on_step_end=callback)
+        slow.remove()
+    assert sum(frame.run_index == 0 for frame in frames) < 10
+    assert sum(frame.run_index == 1 for frame in frames) == 20
 
 
 def test_stop_when(pipe):
