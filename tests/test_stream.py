@@ -331,7 +331,7 @@ def test_ctrl_c_cancels_and_leaves_the_files_whole(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_a_program_that_ends_takes_its_runs_along(tmp_path):
-    """A generator that nobody closes does not keep the process; its files are completed."""
+    """A generator that nobody closes does not keep the process; the run ends in good order."""
     script = textwrap.dedent(
         """
         import sys
@@ -339,6 +339,7 @@ def test_a_program_that_ends_takes_its_runs_along(tmp_path):
         import test_stream, tiny
         from sd_progress import stream
         pipe = tiny.sd()
+        pipe.maybe_free_model_hooks = lambda: print("put away")
         slow = test_stream.Slow(pipe.unet, 0.1)
         frames = stream(pipe, **test_stream.call(pipe, steps=500), targets=["steps"])
         next(frames)
@@ -346,7 +347,8 @@ def test_a_program_that_ends_takes_its_runs_along(tmp_path):
         """
     )
     words = [sys.executable, "-c", script, str(Path(__file__).parent)]
-    subprocess.run(words, cwd=tmp_path, check=True, timeout=60)
+    ended = subprocess.run(words, cwd=tmp_path, check=True, timeout=60, stdout=subprocess.PIPE)
+    assert ended.stdout == b"put away\n"
     names = [path.name for path in (tmp_path / "steps").iterdir()]
     assert 0 < len(names) < 20
     assert {Path(name).suffix for name in names} == {".png"}  # the lock of an open folder is gone
