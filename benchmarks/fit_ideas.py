@@ -95,16 +95,17 @@ def principal(samples: Sequence[Sample], kernel_size: int, count: int) -> Featur
 
 
 def with_products(count: int, kernel_size: int) -> Callable[[Sequence[Sample]], Features]:
-    """Also all products of two of a neighbourhood's first components."""
+    """Also all products of two of a neighbourhood's first components, as many as there are."""
 
     def made(samples: Sequence[Sample]) -> Features:
-        components = principal(samples, kernel_size, count)
-        pairs = list(itertools.combinations_with_replacement(range(count), 2))
+        few = min(count, samples[0].latents.shape[1] * kernel_size**2)
+        components = principal(samples, kernel_size, few)
+        pairs = list(itertools.combinations_with_replacement(range(few), 2))
         first, second = (list(side) for side in zip(*pairs, strict=True))
 
         def features(latents: Tensor) -> Tensor:
-            few = components(latents)
-            return torch.cat([unfolded(latents, 5), few[:, first] * few[:, second]], dim=1)
+            rows = components(latents)
+            return torch.cat([unfolded(latents, 5), rows[:, first] * rows[:, second]], dim=1)
 
         return features
 
@@ -270,9 +271,9 @@ def sampled(vae: torch.nn.Module, sources: Sequence[Path | Image.Image]) -> list
     return samples
 
 
-def leaves(count: int) -> list[Image.Image]:
+def leaves(count: int, seed: int) -> list[Image.Image]:
     """The very pictures that `calibrate` makes, which come with a margin."""
-    made = dead_leaves(count, SIDE_PX + 2, torch.Generator().manual_seed(0))
+    made = dead_leaves(count, SIDE_PX + 2, torch.Generator().manual_seed(seed))
     made = made[..., :SIDE_PX, :SIDE_PX]
     pixels = ((made / 2 + 0.5) * 255).round().to(torch.uint8).movedim(1, -1).numpy()
     return [Image.fromarray(picture) for picture in pixels]
@@ -299,12 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="a folder of pictures")
     parser.add_argument("--split", type=int, default=0, help="fit on the first so many, too")
     parser.add_argument("--synthetic", type=int, default=32, help="how many (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic ones (default: 0)")
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS), metavar="IDEA")
     args = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
     vae = load_vae(args.vae)
     pictures = drawn_scenes(60) if args.images is None else picture_files(args.images)
-    scored, synthetic = sampled(vae, pictures), sampled(vae, leaves(args.synthetic))
+    scored, synthetic = sampled(vae, pictures), sampled(vae, leaves(args.synthetic, args.seed))
     split = f" {args.split} pictures: PSNR | CIEDE2000 |" if args.split else ""
     print(f"| idea | PSNR | CIEDE2000 |{split} numbers |")
     print("|---|" + "---:|" * (5 if args.split else 3))
