@@ -28,7 +28,7 @@ if typing.TYPE_CHECKING:
     from .calibration import CalibrationError, calibrate
     from .callback import PreviewCallback, RunCancelled
     from .decoders import ChannelsDecoder, Decoder, PCADecoder
-    from .stream import Phase, astream, stream
+    from .streaming import Phase, astream, stream
     from .tiny_decoder import TinyDecoder
 
 __all__ = [
@@ -64,13 +64,13 @@ _NEED_TORCH = {
     "ChannelsDecoder": "decoders",
     "Decoder": "decoders",
     "PCADecoder": "decoders",
-    "Phase": "stream",
+    "Phase": "streaming",
     "PreviewCallback": "callback",
     "RunCancelled": "callback",
     "TinyDecoder": "tiny_decoder",
-    "astream": "stream",
+    "astream": "streaming",
     "calibrate": "calibration",
-    "stream": "stream",
+    "stream": "streaming",
 }
 
 

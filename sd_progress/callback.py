@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
-from typing import Literal, cast, get_args, overload
+from typing import Literal, ParamSpec, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from .vae import vae_decoder
 from .writers import Target, Writer, writer_for
 from .x0 import StepCall
 
+P = ParamSpec("P")
 CALLBACK_NAMES = ("callback_on_step_end", "callback")
 _OUTPUTS = {
     "image": ("image", "images", "video", "videos", "frames"),
@@ -345,9 +346,17 @@ class PreviewCallback:
             self._ending = "stop"
 
     def _stop_run(self, index: int) -> None:
-        """The same for one run only, which may be over."""
-        if self._run is not None and self._run.index == index:
-            self.stop()
+        """The same for one run only, which may be over; for `Frame.stop`, from any thread."""
+        if self._run is None or self._run.index != index:
+            return
+        if _rank_count() > 1:  # the others see no frames, and would wait for this one for ever
+            self._parts.boundary.tell(
+                "stop",
+                f"frame.stop and stop_when must be used in a run of one process, got one of "
+                f"{_rank_count()}; call `stop` of the callback on every rank",
+            )
+            return
+        self.stop()
 
     def _is_run_expected(self) -> bool:
         """Whether there is a run, or one is to come; other ranks do not know of theirs."""
@@ -692,14 +701,14 @@ def _kept(call: Call, layout: Layout) -> tuple[Tensor, Tensor] | None:
     return (mask, latents) if isinstance(mask, Tensor) else None
 
 
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+def _weakly(method: Callable[P, None]) -> Callable[P, None]:
     """A method that does not keep its object alive."""
     reference = weakref.WeakMethod(method)
 
-    def call() -> None:
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
         alive = reference()
         if alive is not None:
-            alive()
+            alive(*args, **kwargs)
 
     return call
 
@@ -720,9 +729,14 @@ def _why_nothing_is_shown(pipe: object) -> str:
 
 def _is_first_rank() -> bool:
     """Whether this process is the one of a distributed run that previews."""
+    return _rank_count() == 1 or torch.distributed.get_rank() == 0
+
+
+def _rank_count() -> int:
+    """How many processes make the run together."""
     distributed = torch.distributed
     is_distributed = distributed.is_available() and distributed.is_initialized()
-    return not is_distributed or distributed.get_rank() == 0
+    return distributed.get_world_size() if is_distributed else 1
 
 
 def _heeds_interrupt(call: Call) -> bool:
