@@ -252,7 +252,8 @@ def arguments_for(
 
     Args:
         pipe: what is going to be called.
-        prompt, negative_prompt: what to paint, and what not.
+        prompt: what to paint.
+        negative_prompt: what to keep out of it.
         steps: of the denoising loop.
         size: width and height in pixels.
         guidance: how strictly to follow the prompt.

@@ -19,7 +19,7 @@ from .guard import is_loopback
 from .jobs import Bench, Hub
 from .local import Limits, LocalHub
 from .painter import Painter, load_painter
-from .server import Settings, create_app
+from .server import Service, Settings, create_app
 
 __all__ = ["Task", "serve"]
 
@@ -135,6 +135,22 @@ def run(app: FastAPI, listener: socket.socket, host: str) -> None:
     def ready() -> None:
         print(f"Serving http://{shown}:{port} (Ctrl-C stops)", flush=True)
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave by the same way
+    try:
+        web_server(app, ready).run(sockets=[listener])
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def web_server(app: FastAPI, ready: Callable[[], None]) -> uvicorn.Server:
+    """What answers requests; `run(sockets=[...])` does until `should_exit` is set, or a signal.
+
+    Args:
+        app: of `create_app`.
+        ready: is called when requests are answered.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -145,34 +161,21 @@ def run(app: FastAPI, listener: socket.socket, host: str) -> None:
         timeout_graceful_shutdown=5,
         backlog=_BACKLOG,
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave by the same way
-    try:
-        Server(config, ready).run(sockets=[listener])
-    except KeyboardInterrupt:
-        print("\nStopped.", flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _Server(config, app.state.service, ready)
 
 
-class Server(uvicorn.Server):
-    """Tells when it is ready; ends open streams before it waits for them.
+class _Server(uvicorn.Server):
+    """Tells when it is ready; ends open streams before it waits for them."""
 
-    Args:
-        config: of uvicorn; its application is one of `create_app`.
-        ready: is called when requests are answered.
-    """
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._service, self._ready = service, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server`."""
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server`."""
-        await self.config.app.state.service.aclose()  # type: ignore[union-attr]
+        await self._service.aclose()
         await super().shutdown(sockets)
