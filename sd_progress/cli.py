@@ -529,13 +529,14 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     try:
-        from .guard import is_loopback
-        from .images_api import RequestLimits
-        from .local import Limits
-        from .serve_command import Task, serve
-        from .server import Settings  # first: it says what is missing, and how to get it
+        from .server import Settings
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from error
+    from .guard import is_loopback
+    from .images_api import RequestLimits
+    from .local import Limits
+    from .serve_command import Task, serve
+
     if args.port > _LAST_PORT:
         raise UsageError(f"--port must be at most {_LAST_PORT}, got {args.port}; 8765 is usual")
     settings = Settings(
