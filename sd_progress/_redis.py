@@ -7,17 +7,16 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .jobs import Event, EventName, Job
 
 try:
     import redis
+    from redis import asyncio as aio
     from redis import exceptions as errors
-    from redis.asyncio import BlockingConnectionPool
-    from redis.asyncio import Redis as AsyncRedis
     from redis.asyncio.retry import Retry as AsyncRetry
     from redis.backoff import ExponentialBackoff
     from redis.retry import Retry
@@ -32,6 +31,8 @@ __all__ = [
     "Entry",
     "Fields",
     "Keys",
+    "aclose",
+    "close",
     "connected",
     "connected_async",
     "entry_fields",
@@ -53,8 +54,7 @@ OVER: Final = b"over"
 AWAY: Final = (errors.ConnectionError, errors.TimeoutError)
 """What is raised while there is no server to talk to; `is_away` knows the exceptions."""
 
-_SCHEMES: Final = ("redis", "rediss", "unix")
-_JOB_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(Job))
+_JOB_FIELDS: Final = frozenset(one.name for one in dataclasses.fields(Job))
 _TIMEOUT_S: Final = 5.0
 _CONNECT_S: Final = 2.0
 
@@ -169,44 +169,125 @@ def order(event_id: str) -> tuple[int, int]:
 # Connections
 
 
-def connected(
-    url: str, *, timeout_s: float = _TIMEOUT_S, retries: int = 3, name: str | None = None
-) -> redis.Redis:
-    """A client for one thread after the other; nothing is connected yet."""
-    return redis.Redis.from_url(
-        checked_url(url),
-        protocol=2,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=min(timeout_s, _CONNECT_S),
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
-        client_name=name,
-    )
-
-
-def connected_async(url: str, *, max_connections: int) -> AsyncRedis:
-    """A client for coroutines; who needs a connection while all are taken waits for one."""
-    pool = BlockingConnectionPool.from_url(
-        checked_url(url),
-        protocol=2,
-        max_connections=max_connections,
-        timeout=_TIMEOUT_S,
-        socket_timeout=_TIMEOUT_S,
-        socket_connect_timeout=_CONNECT_S,
-        retry=AsyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 3),
-    )
-    return AsyncRedis.from_pool(pool)
-
-
-def checked_url(url: str) -> str:
-    """The URL, if it is one of Redis.
+def connected(url: str, *, timeout_s: float = _TIMEOUT_S, retries: int = 3) -> redis.Redis:
+    """A client for threads; nothing is connected yet, but with a cluster.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `url` is none of Redis.
     """
-    if urlsplit(url).scheme not in _SCHEMES:
+    place, options = _place(url), _options(timeout_s)
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries)
+    if place.kind == "cluster":
+        return redis.RedisCluster.from_url(place.url, **options)
+    if place.kind == "sentinel":
+        options |= {"retry": retry, "ssl": place.is_tls}
+        sentinel = redis.Sentinel(place.hosts, **options, **place.login)
+        return sentinel.master_for(place.service, db=place.database)
+    return redis.Redis.from_url(place.url, retry=retry, **options)
+
+
+def connected_async(url: str, *, max_connections: int) -> aio.Redis:
+    """A client for coroutines; who needs a connection while all are taken waits for one.
+
+    Raises:
+        ValueError: `url` is none of Redis.
+    """
+    place, options = _place(url), _options(_TIMEOUT_S)
+    retry = AsyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 3)
+    if place.kind == "cluster":
+        return aio.RedisCluster.from_url(place.url, max_connections=max_connections, **options)
+    options |= {"retry": retry, "max_connections": max_connections}
+    if place.kind == "sentinel":
+        options |= {"ssl": place.is_tls}
+        sentinel = aio.Sentinel(place.hosts, **options, **place.login)
+        return sentinel.master_for(place.service, db=place.database)
+    pool = aio.BlockingConnectionPool.from_url(place.url, timeout=_TIMEOUT_S, **options)
+    return aio.Redis.from_pool(pool)
+
+
+def close(client: redis.Redis) -> None:
+    """Disconnect, from sentinels as well."""
+    client.close()
+    for sentinel in _sentinels(client):
+        sentinel.close()
+
+
+async def aclose(client: aio.Redis) -> None:
+    """Disconnect, from sentinels as well."""
+    await client.aclose()
+    for sentinel in _sentinels(client):
+        await sentinel.aclose()
+
+
+def _sentinels(client: object) -> list[redis.Redis]:
+    pool = getattr(client, "connection_pool", None)
+    return getattr(getattr(pool, "sentinel_manager", None), "sentinels", [])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the server is.
+
+    Attributes:
+        kind: "", "cluster" or "sentinel".
+        url: as the client library has it.
+        hosts: of the sentinels.
+        service: the name that they know the server by.
+    """
+
+    kind: str
+    url: str
+    is_tls: bool = False
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    database: int = 0
+    login: Mapping[str, str] = field(default_factory=dict)
+
+
+def _place(url: str) -> _Place:
+    """Where a URL points to.
+
+    Raises:
+        ValueError: it is none of Redis.
+    """
+    match = re.fullmatch(r"(redis|rediss|unix)(?:\+(cluster|sentinel))?://(.+)", url)
+    if match is None or (match[1] == "unix" and match[2]):
         expected = "url must begin with redis://, rediss:// (TLS) or unix://"
         raise ValueError(f"{expected}, got {without_secrets(url)!r}; see docs/scaling.md")
-    return url
+    if match[2] != "sentinel":
+        return _Place(match[2] or "", f"{match[1]}://{match[3]}")
+    login, _, rest = match[3].rpartition("@")
+    hosts, _, path = rest.partition("/")
+    service, _, database = path.partition("/")
+    if not service or not (database or "0").isdigit():
+        expected = "url must name the service, like redis+sentinel://host:26379,host-2:26379/name"
+        raise ValueError(f"{expected}, got {without_secrets(url)!r}; add it")
+    return _Place(
+        "sentinel",
+        url,
+        match[1] == "rediss",
+        tuple(
+            (host.partition(":")[0], int(host.partition(":")[2] or 26379))
+            for host in hosts.split(",")
+        ),
+        service,
+        int(database or 0),
+        _login(login),
+    )
+
+
+def _login(text: str) -> dict[str, str]:
+    user, _, password = map(unquote, text.partition(":"))
+    found = {"username": user, "password": password}
+    return {name: value for name, value in found.items() if value}
+
+
+def _options(timeout_s: float) -> dict[str, object]:
+    return {
+        "protocol": 2,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": min(timeout_s, _CONNECT_S),
+    }
 
 
 def without_secrets(url: str) -> str:

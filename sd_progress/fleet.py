@@ -25,6 +25,8 @@ from ._redis import (
     Entry,
     Fields,
     Keys,
+    aclose,
+    close,
     connected,
     connected_async,
     errors,
@@ -75,8 +77,9 @@ class RedisHub:
         """Choose the server; it is reached for when it is needed.
 
         Args:
-            url: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS, or
-                `unix:///path/of/socket`.
+            url: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS,
+                `unix:///path/of/socket`, `redis+cluster://host:port` of any node, or
+                `redis+sentinel://host,host-2/service`.
             prefix: of all keys; one fleet has one.
             max_waiting: jobs that nobody paints yet.
             max_per_client: jobs of one client that are not over; a client "" has no such limit.
@@ -135,7 +138,7 @@ class RedisHub:
     async def _counted(self) -> tuple[int, int]:
         """Jobs that wait, and jobs that are being painted."""
         while True:
-            async with self._redis.pipeline() as pipe:
+            async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.xlen(self._keys.jobs)
                 pipe.xpending(self._keys.jobs, GROUP)
                 try:
@@ -153,7 +156,7 @@ class RedisHub:
         run, events, watched = self._keys_of(job.id)
         if not await self._redis.hsetnx(run, "client", job.client):
             raise ValueError(f"job.id must be new, got {job.id!r} again; make one for each run")
-        async with self._redis.pipeline() as pipe:
+        async with self._redis.pipeline(transaction=True) as pipe:
             pipe.xadd(events, event_fields(Event("queued", {"position": position})))
             pipe.expire(run, int(_WAITING_S))
             pipe.expire(events, int(_WAITING_S))
@@ -166,7 +169,7 @@ class RedisHub:
         Where the answer was lost, it may be there twice; who claims it sees that.
         """
         unfinished = self._keys.unfinished(job.client)
-        async with self._redis.pipeline() as pipe:
+        async with self._redis.pipeline(transaction=True) as pipe:
             try:
                 await pipe.watch(self._keys.tickets)
                 await self._room_for(job)
@@ -192,7 +195,7 @@ class RedisHub:
 
     async def _cancelled(self, run_id: str) -> None:
         run, events, _ = self._keys_of(run_id)
-        async with self._redis.pipeline() as pipe:
+        async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(run)
             client, state, attempt, entry = await pipe.hmget(
                 run, "client", "state", "attempt", "entry"
@@ -210,7 +213,7 @@ class RedisHub:
                 pipe.expire(events, int(self._keep_s))
             await pipe.execute()
         if attempt is None and entry is not None:
-            async with self._redis.pipeline() as pipe:
+            async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.xdel(self._keys.jobs, entry)
                 pipe.srem(self._keys.unfinished(client.decode()), run_id)
                 await pipe.execute()
@@ -341,8 +344,8 @@ class RedisHub:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._reading.aclose()
-        await self._redis.aclose()
+        await aclose(self._reading)
+        await aclose(self._redis)
 
 
 class _Feed:
@@ -483,7 +486,7 @@ class RedisBench:
         self._max_events, self._max_bytes = max_events, max_bytes
         self._keep_s, self._patience_s = keep_s, patience_s
         self._clock = clock
-        self._redis = connected(url, name=f"{prefix}:{name}".replace(" ", "_"))
+        self._redis = connected(url)
         self._held: dict[str, _Held] = {}
         self._looked_s = float("-inf")
         self._claiming = threading.Lock()
@@ -558,7 +561,7 @@ class RedisBench:
             for held in tuple(self._held.values()):
                 self._give_back(held)
             self._leave()
-        self._redis.close()
+        close(self._redis)
 
     # Claiming
 
@@ -616,7 +619,7 @@ class RedisBench:
     def _attempt(self, job: Job, entry: bytes) -> _Held | None:
         """One more attempt; None, and no entry, where the run is over or the job there twice."""
         run = self._keys.run(job.id)
-        with self._redis.pipeline() as pipe:
+        with self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(run)
             client, state, known = pipe.hmget(run, "client", "state", "entry")
             is_over = client is None or state == OVER
@@ -652,7 +655,7 @@ class RedisBench:
         run, events = self._keys.run(held.job.id), self._keys.events(held.job.id)
         fields = event_fields(event)
         keep_s = int(self._keep_s if event.is_last else _WAITING_S)
-        with self._redis.pipeline() as pipe:
+        with self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(run)
             attempt, state = pipe.hmget(run, "attempt", "state")
             if _number(attempt) != held.attempt:
@@ -713,7 +716,7 @@ class RedisBench:
 
     def _remove(self, entry: bytes, job: Job | None) -> None:
         """No worker gets the entry any more; the job, if there is one, is over for its client."""
-        with self._redis.pipeline() as pipe:
+        with self._redis.pipeline(transaction=True) as pipe:
             pipe.xack(self._keys.jobs, GROUP, entry)
             pipe.xdel(self._keys.jobs, entry)
             if job is not None:
@@ -726,7 +729,10 @@ class RedisBench:
         self._held.pop(held.job.id, None)
         is_done = False
         while not is_done:
-            with contextlib.suppress(errors.WatchError), self._redis.pipeline() as pipe:
+            with (
+                contextlib.suppress(errors.WatchError),
+                self._redis.pipeline(transaction=True) as pipe,
+            ):
                 pipe.watch(run)
                 attempt, state = pipe.hmget(run, "attempt", "state")
                 if _number(attempt) == held.attempt and state != OVER:

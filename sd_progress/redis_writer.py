@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from ._redis import connected, entry_fields, is_away
+from ._redis import close, connected, entry_fields, is_away
 from .boundary import warn
 from .frame import Frame, ImageFormat
 
@@ -50,8 +50,8 @@ class RedisWriter:
         """Choose the server and the stream; it is reached for by the first `write`.
 
         Args:
-            url: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS, or
-                `unix:///path/of/socket`.
+            url: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS, or any
+                other that `sd_progress.fleet.RedisHub` takes.
             key: of the stream, for example `"run:42"`.
             max_frames: how many entries to keep, from 1 on; older ones are forgotten.
             format: of the pictures: `"png"`, `"jpeg"` or `"webp"`.
@@ -92,7 +92,7 @@ class RedisWriter:
         if self._wrote:
             self._add("end", {}, None)
         self._wrote = False
-        self._redis.close()
+        close(self._redis)
 
     def _add(self, name: str, data: dict[str, object], frame: Frame | None) -> None:
         if self._clock() < self._pause_until_s:
@@ -100,7 +100,7 @@ class RedisWriter:
             return
         pictures = {} if frame is None else {"picture": frame.to_bytes(self._format)}
         try:
-            with self._redis.pipeline() as pipe:
+            with self._redis.pipeline(transaction=True) as pipe:
                 fields = entry_fields(name, data, pictures)
                 pipe.xadd(self.key, fields, maxlen=self._max_frames, approximate=False)
                 pipe.expire(self.key, int(self._keep_s))

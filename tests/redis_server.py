@@ -1,8 +1,9 @@
-"""A real Redis server for the tests, on a socket of its own, that keeps nothing."""
+"""Real Redis servers for the tests, that keep nothing and are gone afterwards."""
 
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,28 +21,13 @@ def needed():
     return pytest.mark.skipif(is_missing, reason=f"there is no {PROGRAM}; apt-get install it")
 
 
-@contextlib.contextmanager
-def running(*options):
-    """The server's folder and URL; it is dead and gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="sdp-"))  # the path of a socket must be short
-    server = Server(folder, options)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder)
-
-
 class Server:
-    """One `redis-server`, which can be stopped and started again, empty."""
+    """One `redis-server` on a socket in a folder; it can be stopped and started again, empty."""
 
-    def __init__(self, folder, options=()):
+    def __init__(self, folder, *options):
         self.socket = folder / "redis.sock"
         self.url = f"unix://{self.socket}"
-        self._words = [PROGRAM, "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
-        self._words += ["--appendonly", "no", "--dir", str(folder), "--loglevel", "warning"]
-        self._words += options
+        self._words = [PROGRAM, *options, "--unixsocket", str(self.socket), "--dir", str(folder)]
         self._process = None
 
     def start(self):
@@ -60,3 +46,55 @@ class Server:
             self._process.wait()
             self._process = None
         self.socket.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def running(*options, port=0):
+    """A server; with a port, it listens there as well."""
+    keeps_nothing = ["--save", "", "--appendonly", "no"]
+    with started(*options, *keeps_nothing, "--bind", "127.0.0.1", "--port", str(port)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def started(*options):
+    """The program with these words, in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="sdp-"))  # the path of a socket must be short
+    server = Server(folder, *options)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def cluster():
+    """The URL of three nodes that share the keys."""
+    with contextlib.ExitStack() as stack:
+        ports = [free_port() for _ in range(3)]
+        for port in ports:
+            options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+            stack.enter_context(running(*options, port=port))
+        nodes = [f"127.0.0.1:{port}" for port in ports]
+        words = ["redis-cli", "--cluster", "create", *nodes, "--cluster-yes"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, timeout=30)
+        yield f"redis+cluster://{nodes[0]}"
+
+
+@contextlib.contextmanager
+def sentinel(tmp_path):
+    """The URL of a server that a sentinel knows by the name of `main`."""
+    port, own_port, config = free_port(), free_port(), tmp_path / "sentinel.conf"
+    config.write_text(f"sentinel monitor main 127.0.0.1 {port} 1\n")
+    words = (str(config), "--sentinel", "--bind", "127.0.0.1", "--port", str(own_port))
+    with running(port=port), started(*words):
+        yield f"redis+sentinel://127.0.0.1:{own_port}/main"
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
