@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from typing import Final, get_args
+from urllib.parse import parse_qsl, urlencode
 
 from ._redis import close, connected, entry_fields, is_away
 from .boundary import warn
@@ -67,6 +67,9 @@ class RedisWriter:
         if max_frames < 1 or keep_s < 1 or timeout_s <= 0:
             expected = "max_frames, keep_s and timeout_s must be from 1, from 1, and above 0"
             raise ValueError(f"{expected}, got {max_frames}, {keep_s}, {timeout_s}; raise them")
+        if format not in get_args(ImageFormat):
+            expected = f"format must be one of {', '.join(map(repr, get_args(ImageFormat)))}"
+            raise ValueError(f"{expected}, got {format!r}; pass one of them")
         self.key = key
         self.dropped = 0
         self._redis = connected(url, timeout_s=timeout_s, retries=1)
@@ -127,14 +130,14 @@ def writer_at(url: str) -> RedisWriter:
     Raises:
         ValueError: there is no key in it.
     """
-    parts = urlsplit(url)
-    words = parse_qsl(parts.query)
+    place, _, query = url.partition("?")
+    words = parse_qsl(query)
     keys = [value for name, value in words if name == "key"]
     if len(keys) != 1:
         expected = "target must name the stream, like redis://host/0?key=run:42"
         raise ValueError(f"{expected}, got {len(keys)} keys; pass one")
     others = urlencode([word for word in words if word[0] != "key"])
-    return RedisWriter(urlunsplit(parts._replace(query=others)), keys[0])
+    return RedisWriter(f"{place}?{others}" if others else place, keys[0])
 
 
 def _told(frame: Frame, format: ImageFormat) -> dict[str, object]:
