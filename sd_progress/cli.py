@@ -28,9 +28,10 @@ examples:
   sd-progress models
   sd-progress models flux
   sd-progress calibrate --model owner/name --out name.safetensors
+  sd-progress serve
 
-`sd-progress demo --help` explains every flag, and so do `run --help`, `models --help` and
-`calibrate --help`.
+`sd-progress demo --help` explains every flag, and so do `run --help`, `models --help`,
+`calibrate --help` and `serve --help`.
 """
 _MODELS: Final = """\
 Which pipelines of diffusers are shown, of what, and how a preview is attached to them.
@@ -87,6 +88,25 @@ on four GPUs, each with its share of the pictures:
 Some hundred pictures like those that the model makes are best; the synthetic ones come a few
 decibels short of that. Pictures larger than 512 pixels are reduced.
 """
+_SERVE: Final = """\
+Paint for others: a page to watch pictures form, and the OpenAI images API with partial images.
+
+Runs wait in line for one model, which paints them one after the other in this process. Open the
+address that is printed, or ask as any client of the OpenAI API does:
+
+  client = OpenAI(base_url="http://127.0.0.1:8765/v1", api_key="none")
+  client.images.generate(prompt="the sea at sunset", stream=True, partial_images=3, model="any")
+
+Only this machine can ask, unless --host says otherwise; then a token must be sent along.
+docs/server.md tells of events, limits and metrics.
+"""
+_SERVE_EXAMPLES: Final = """\
+examples:
+  sd-progress serve
+  sd-progress serve --model owner/name --device cuda --max_pixels 4194304
+  SD_PROGRESS_TOKEN=... sd-progress serve --host 0.0.0.0
+"""
+_LAST_PORT: Final = 65535
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 
 
@@ -134,12 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     version = f"sd-progress {metadata.version('sd-progress')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
-        dest="command", metavar="demo | run | models | calibrate", title="commands"
+        dest="command", metavar="demo | run | models | calibrate | serve", title="commands"
     )
     _add_demo(commands)
     _add_run(commands)
     _add_models(commands)
     _add_calibrate(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -257,6 +278,77 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="where before and after are shown (default: beside the map, under its name)",
     )
     parser.set_defaults(action=_calibrate)
+
+
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="paint for browsers and for clients of the OpenAI images API",
+        description=_SERVE,
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_FOLDER",
+        help="a model id of the Hugging Face Hub, or a folder made by save_pretrained (default: "
+        "the demo model)",
+    )
+    _add_device_arguments(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; any address but this machine's own needs a token "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=whole_number("port", 0, "0 is any that is free"),
+        default=8765,
+        metavar="N",
+        help="0 is any that is free (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("SD_PROGRESS_TOKEN") or None,
+        metavar="TEXT",
+        help="what clients must send as their api_key; others on this machine can read it in the "
+        "list of processes, so better set SD_PROGRESS_TOKEN (default: none)",
+    )
+    parser.add_argument(
+        *spellings("allow_host"),
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name, beside this machine's own, that requests may be for, as with a proxy before "
+        "it; can be given again",
+    )
+    _add_serve_limits(parser)
+    parser.set_defaults(action=_serve)
+
+
+def _add_serve_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits", "what goes beyond is refused, and told why")
+    limits = (
+        ("max_pixels", 1024 * 1536, "of one picture"),
+        ("max_steps", 150, "of one run"),
+        ("max_count", 4, "pictures of one run"),
+        ("max_prompt_chars", 4000, "characters of a prompt"),
+        ("max_body_bytes", 65536, "bytes of a request"),
+        ("max_waiting", 64, "runs that wait"),
+        ("max_per_client", 16, "runs of one address that are not over"),
+        ("max_viewers", 1000, "connections that events are sent to"),
+    )
+    for name, default, text in limits:
+        group.add_argument(
+            *spellings(name),
+            type=whole_number(name, 1, f"{default} is usual"),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )
 
 
 def _add_model_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -433,6 +525,41 @@ def _calibrate(args: argparse.Namespace) -> None:
         picture=args.picture,
     )
     calibrate_model(task)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from .guard import is_loopback
+        from .images_api import RequestLimits
+        from .local import Limits
+        from .serve_command import Task, serve
+        from .server import Settings  # first: it says what is missing, and how to get it
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
+    if args.port > _LAST_PORT:
+        raise UsageError(f"--port must be at most {_LAST_PORT}, got {args.port}; 8765 is usual")
+    settings = Settings(
+        token=args.token,
+        hosts=frozenset(map(str.lower, args.allow_host)) if is_loopback(args.host) else None,
+        limits=RequestLimits(
+            max_pixels=args.max_pixels,
+            max_steps=args.max_steps,
+            max_count=args.max_count,
+            max_prompt_chars=args.max_prompt_chars,
+        ),
+        max_body_bytes=args.max_body_bytes,
+        max_viewers=args.max_viewers,
+    )
+    task = Task(
+        model=args.model,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+        limits=Limits(max_waiting=args.max_waiting, max_per_client=args.max_per_client),
+        settings=settings,
+    )
+    serve(task)
 
 
 def _print_models(args: argparse.Namespace) -> None:

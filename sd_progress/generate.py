@@ -187,21 +187,37 @@ def load(task: Task) -> DiffusionPipeline:
     Raises:
         UsageError: there is no such model, device or scheduler.
     """
-    device = device_named(task.device)
-    dtype = dtype_named(task.dtype, device)
-    is_folder = is_model_folder(task.model, "model_index.json")
+    return load_pipeline(task.model, task.device, task.dtype, task.scheduler)
+
+
+def load_pipeline(
+    model: str, device: str = "auto", dtype: str = "auto", scheduler: str | None = None
+) -> DiffusionPipeline:
+    """A pipeline, on its device, with its own scheduler or another.
+
+    Args:
+        model: a model id of the Hugging Face Hub, or a folder.
+        device: `"auto"`, or what `torch.device` takes.
+        dtype: `"auto"` or a key of `DTYPES`.
+        scheduler: as for `schedulers.exchanged`; None leaves the model's own.
+
+    Raises:
+        UsageError: there is no such model, device or scheduler.
+    """
+    where = device_named(device)
+    is_folder = is_model_folder(model, "model_index.json")
     try:
         with quietly(is_quick=is_folder):
-            pipe = _from_pretrained(task.model, dtype)
+            pipe = _from_pretrained(model, dtype_named(dtype, where))
     except (OSError, ValueError) as error:
-        raise UsageError(no_model(task.model, one_line(error))) from error
-    if task.scheduler is not None:
+        raise UsageError(no_model(model, one_line(error))) from error
+    if scheduler is not None:
         try:
-            pipe.scheduler = exchanged(pipe.scheduler, task.scheduler)
+            pipe.scheduler = exchanged(pipe.scheduler, scheduler)
         except ValueError as error:
             raise UsageError(f"--{error}") from error
     pipe.set_progress_bar_config(desc="denoising")
-    return pipe.to(device)
+    return pipe.to(where)
 
 
 def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
@@ -210,29 +226,69 @@ def call_arguments(pipe: DiffusionPipeline, task: Task) -> dict[str, object]:
     Raises:
         UsageError: the pipeline does not take something that was asked for.
     """
+    return arguments_for(
+        pipe,
+        prompt=task.prompt,
+        negative_prompt=task.negative_prompt,
+        steps=task.steps,
+        size=task.size,
+        guidance=task.guidance,
+        seed=task.seed,
+    )
+
+
+def arguments_for(
+    pipe: DiffusionPipeline,
+    *,
+    prompt: str,
+    negative_prompt: str | None = None,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    count: int = 1,
+) -> dict[str, object]:
+    """What a pipeline is called with; None leaves something to the model, or to chance.
+
+    Args:
+        pipe: what is going to be called.
+        prompt: what to paint.
+        negative_prompt: what to keep out of it.
+        steps: of the denoising loop.
+        size: width and height in pixels.
+        guidance: how strictly to follow the prompt.
+        seed: of the noise that it starts from.
+        count: how many pictures of the prompt.
+
+    Raises:
+        UsageError: the pipeline does not take something that was asked for; the message begins with
+            the flag's name.
+    """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in taken:
         expected = "--model must be a pipeline that makes pictures or videos of a prompt"
         raise UsageError(f"{expected}, got a {kind}; choose another model")
-    _check_steps(pipe, task.steps)
-    _check_size(pipe, task.size)
-    width, height = task.size or (None, None)
+    _check_steps(pipe, steps)
+    _check_size(pipe, size)
+    width, height = size or (None, None)
     asked = (
-        ("--negative_prompt", "negative_prompt", task.negative_prompt),
-        ("--steps", "num_inference_steps", task.steps),
+        ("--negative_prompt", "negative_prompt", negative_prompt),
+        ("--steps", "num_inference_steps", steps),
         ("--size", "width", width),
         ("--size", "height", height),
-        ("--guidance", "guidance_scale", task.guidance),
+        ("--guidance", "guidance_scale", guidance),
+        ("--count", "num_images_per_prompt", None if count == 1 else count),
     )
-    arguments: dict[str, object] = {"prompt": task.prompt}
+    arguments: dict[str, object] = {"prompt": prompt}
     for flag, name, value in asked:
         if value is not None and name not in taken:
             raise UsageError(f"{flag} must be left out for a {kind}, got {value!r}; it takes none")
         if value is not None:
             arguments[name] = value
-    if "generator" in taken:  # on the CPU, so that a seed is the same picture on every device
-        arguments["generator"] = torch.Generator("cpu").manual_seed(task.seed)
+    if seed is not None and "generator" in taken:
+        # on the CPU, so that a seed is the same picture on every device
+        arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     return arguments
 
 

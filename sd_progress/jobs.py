@@ -59,7 +59,9 @@ class Event:
             `sd_progress.Phase`. `preview`: `{b64_json, format, width, height, step_index,
             num_steps, progress, elapsed_s, eta_s, source, decoder}`, as `Frame`. `completed`:
             `{images: [b64_json, ...], format, width, height, elapsed_s, is_whole}`; `is_whole` is
-            false where the run was stopped early. `failed`: `{message}`. `cancelled`: `{}`.
+            false where the run was stopped early. `failed`: `{message, is_client_error}`; the
+            latter is true where the job asks what the model cannot do, and may be left out.
+            `cancelled`: `{}`.
         data: what JSON can hold.
         id: where in the run's stream it stands; "" until it is there.
     """
