@@ -42,7 +42,6 @@ __all__ = [
     "is_away",
     "job_fields",
     "job_of",
-    "order",
     "without_secrets",
 ]
 
@@ -151,19 +150,6 @@ def event_of(entry: Entry) -> Event:
 
 def _base64(picture: bytes) -> str:
     return base64.b64encode(picture).decode("ascii")
-
-
-def order(event_id: str) -> tuple[int, int]:
-    """To compare the ids of events.
-
-    Raises:
-        ValueError: it is no id.
-    """
-    match = re.fullmatch(r"(\d{1,20})-(\d{1,20})", event_id)
-    if match is None:
-        expected = "after must be the id of an event, milliseconds-sequence"
-        raise ValueError(f"{expected}, got {event_id!r}; pass one that came with an event")
-    return int(match[1]), int(match[2])
 
 
 # Connections

@@ -35,9 +35,9 @@ from ._redis import (
     is_away,
     job_fields,
     job_of,
-    order,
 )
 from .jobs import BEGINNING, Event, Job, Load, QueueFullError, UnknownRunError
+from .local import position_of
 from .redis_writer import RedisWriter
 
 __all__ = ["RedisBench", "RedisHub", "RedisWriter"]
@@ -238,16 +238,16 @@ class RedisHub:
             ValueError: `after` is no event's id.
         """
         newest = await self._newest(run_id, after)
-        if newest.is_last and order(newest.id) <= order(after):
+        if newest.is_last and position_of(newest.id) <= position_of(after):
             return
-        cursor = min(after, newest.id, key=order)
+        cursor = min(after, newest.id, key=position_of)
         async for event in self._history(run_id, cursor):
             yield event
             cursor = event.id
             if event.is_last:
                 return
         with self._joined(run_id, cursor) as feed:
-            if order(feed.begin) > order(cursor):  # another viewer began it meanwhile
+            if position_of(feed.begin) > position_of(cursor):  # another viewer began it meanwhile
                 async for event in self._history(run_id, cursor):
                     yield event
                     cursor = event.id
@@ -257,7 +257,7 @@ class RedisHub:
                 yield event
 
     async def _newest(self, run_id: str, after: str) -> Event:
-        order(after)  # raises
+        position_of(after)  # raises
         found = await self._redis.xrevrange(self._keys.events(run_id), count=1)
         if not found:
             raise _unknown(run_id)
@@ -386,12 +386,12 @@ class _Feed:
 
     async def behind(self, cursor: str) -> AsyncIterator[Event]:
         """The events behind that id which are still here, as they come."""
-        position = order(cursor)
+        position = position_of(cursor)
         while True:
-            event = next((one for one in self._events if order(one.id) > position), None)
+            event = next((one for one in self._events if position_of(one.id) > position), None)
             if event is not None:
                 yield event
-                position = order(event.id)
+                position = position_of(event.id)
             elif self._failure is not None:
                 raise self._failure
             elif self.is_over:
@@ -489,6 +489,7 @@ class RedisBench:
         self._redis = connected(url)
         self._held: dict[str, _Held] = {}
         self._looked_s = float("-inf")
+        self._is_missed = False
         self._claiming = threading.Lock()
         self._closing = threading.Event()
 
@@ -503,10 +504,11 @@ class RedisBench:
             try:
                 with self._claiming:
                     job = self._claimed(min(left_s, _LOOK_S, self._lease_ms / 4000))
+                self._is_missed = False
             except Exception as error:
                 if not is_away(error):
                     raise
-                _log.warning("no Redis server: %s", error)
+                self._miss(error)
                 self._closing.wait(min(left_s, _RETRY_S))
                 job = None
             if job is not None or self._clock() >= give_up_s:
@@ -534,7 +536,7 @@ class RedisBench:
                 is_late = self._closing.is_set() or self._clock() >= give_up_s
                 if not is_away(error) or (event.is_last and is_late):
                     raise
-                _log.warning("no Redis server for %s of run %s: %s", event.name, job.id, error)
+                self._miss(error)
                 if not event.is_last:
                     return True  # as far as anybody knows
                 self._closing.wait(_RETRY_S)
@@ -549,6 +551,7 @@ class RedisBench:
         except Exception as error:
             if not is_away(error):
                 raise
+            self._miss(error)
             return True  # as far as anybody knows
 
     def close(self) -> None:
@@ -562,6 +565,12 @@ class RedisBench:
                 self._give_back(held)
             self._leave()
         close(self._redis)
+
+    def _miss(self, error: Exception) -> None:
+        """Tell that there is no server, once."""
+        if not self._is_missed:
+            _log.warning("there is no Redis server: %s", error)
+        self._is_missed = True
 
     # Claiming
 
