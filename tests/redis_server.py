@@ -1,7 +1,6 @@
 """Real Redis servers for the tests, that keep nothing and are gone afterwards."""
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -9,16 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import pytest
-
-PROGRAM = "redis-server"
-REQUIRED = os.environ.get("SD_PROGRESS_REQUIRE", "").split(",")
-
-
-def needed():
-    """Mark of tests that need the program: without it they are skipped, or fail if it must be."""
-    is_missing = shutil.which(PROGRAM) is None and PROGRAM not in REQUIRED
-    return pytest.mark.skipif(is_missing, reason=f"there is no {PROGRAM}; apt-get install it")
+import web
 
 
 class Server:
@@ -27,7 +17,14 @@ class Server:
     def __init__(self, folder, *options):
         self.socket = folder / "redis.sock"
         self.url = f"unix://{self.socket}"
-        self._words = [PROGRAM, *options, "--unixsocket", str(self.socket), "--dir", str(folder)]
+        self._words = [
+            web.program("redis-server"),
+            *options,
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(folder),
+        ]
         self._process = None
 
     def start(self):
@@ -78,7 +75,7 @@ def cluster():
             options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
             stack.enter_context(running(*options, port=port))
         nodes = [f"127.0.0.1:{port}" for port in ports]
-        words = ["redis-cli", "--cluster", "create", *nodes, "--cluster-yes"]
+        words = [web.program("redis-cli"), "--cluster", "create", *nodes, "--cluster-yes"]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, timeout=30)
         yield f"redis+cluster://{nodes[0]}"
 

@@ -18,8 +18,6 @@ redis = pytest.importorskip("redis")
 
 from sd_progress.fleet import RedisWriter  # noqa: E402
 
-pytestmark = redis_server.needed()
-
 
 @pytest.fixture(scope="module")
 def server():
