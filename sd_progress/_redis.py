@@ -56,6 +56,7 @@ AWAY: Final = (errors.ConnectionError, errors.TimeoutError)
 _JOB_FIELDS: Final = frozenset(one.name for one in dataclasses.fields(Job))
 _TIMEOUT_S: Final = 5.0
 _CONNECT_S: Final = 2.0
+_UNLIMITED: Final = 2**31
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,23 @@ def connected(url: str, *, timeout_s: float = _TIMEOUT_S, retries: int = 3) -> r
 def connected_async(url: str, *, max_connections: int) -> aio.Redis:
     """A client for coroutines; who needs a connection while all are taken waits for one.
 
+    Clients of clusters and of sentinels cannot wait, and so have no limit.
+
     Raises:
         ValueError: `url` is none of Redis.
     """
     place, options = _place(url), _options(_TIMEOUT_S)
     retry = AsyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 3)
     if place.kind == "cluster":
-        return aio.RedisCluster.from_url(place.url, max_connections=max_connections, **options)
-    options |= {"retry": retry, "max_connections": max_connections}
+        return aio.RedisCluster.from_url(place.url, max_connections=_UNLIMITED, **options)
+    options |= {"retry": retry}
     if place.kind == "sentinel":
         options |= {"ssl": place.is_tls}
         sentinel = aio.Sentinel(place.hosts, **options, **place.login)
         return sentinel.master_for(place.service, db=place.database)
-    pool = aio.BlockingConnectionPool.from_url(place.url, timeout=_TIMEOUT_S, **options)
+    pool = aio.BlockingConnectionPool.from_url(
+        place.url, max_connections=max_connections, timeout=_TIMEOUT_S, **options
+    )
     return aio.Redis.from_pool(pool)
 
 

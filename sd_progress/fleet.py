@@ -36,7 +36,15 @@ from ._redis import (
     job_fields,
     job_of,
 )
-from .jobs import BEGINNING, Event, Job, Load, QueueFullError, UnknownRunError
+from .jobs import (
+    BEGINNING,
+    Event,
+    HubAwayError,
+    Job,
+    Load,
+    QueueFullError,
+    UnknownRunError,
+)
 from .local import position_of
 from .redis_writer import RedisWriter
 
@@ -47,6 +55,8 @@ _BLOCK_MS: Final = 2000  # how long a reader waits before it looks whether its r
 _RETRY_S: Final = 0.5  # between two tries while there is no server
 _LOOK_S: Final = 1.0  # how often an idle worker looks for jobs whose worker died
 _WAITING_S: Final = 24 * 3600.0  # what nobody has touched for so long is forgotten
+_ATTEND_S: Final = 2.0  # how often viewers learn that they moved up
+_NEAR: Final = 100  # who is so near to the front learns it
 _ALIVE_S: Final = 60.0  # a worker that was not heard of for longer is not counted
 _NEWEST_PREVIEWS: Final = 8  # for viewers that fall behind
 _NEWEST_OTHERS: Final = 64
@@ -98,7 +108,7 @@ class RedisHub:
         self._reading = connected_async(url, max_connections=max_connections)
         self._feeds: dict[str, _Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._telling: asyncio.Task[None] | None = None
+        self._attending: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()  # so that only other processes come between
         self._is_closed = False
 
@@ -110,8 +120,9 @@ class RedisHub:
         Raises:
             QueueFullError: too many are waiting, or too many are of this client.
             ValueError: there is a run of this id already.
+            HubAwayError: there is no server.
         """
-        async with self._submitting:
+        async with self._submitting, _reaching():
             await self._begin(job, await self._room_for(job))
             try:
                 while (entry := await self._added(job)) is None:
@@ -119,7 +130,7 @@ class RedisHub:
             except QueueFullError:
                 await self._redis.delete(*self._keys_of(job.id))
                 raise
-        await self._redis.hset(self._keys.run(job.id), "entry", entry)
+            await self._redis.hset(self._keys.run(job.id), "entry", entry)
 
     async def _room_for(self, job: Job) -> int:
         """How many wait."""
@@ -157,6 +168,7 @@ class RedisHub:
         if not await self._redis.hsetnx(run, "client", job.client):
             raise ValueError(f"job.id must be new, got {job.id!r} again; make one for each run")
         async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(run, "position", position)
             pipe.xadd(events, event_fields(Event("queued", {"position": position})))
             pipe.expire(run, int(_WAITING_S))
             pipe.expire(events, int(_WAITING_S))
@@ -188,10 +200,12 @@ class RedisHub:
 
         Raises:
             UnknownRunError: there is no such run.
+            HubAwayError: there is no server.
         """
-        while True:
-            with contextlib.suppress(errors.WatchError):
-                return await self._cancelled(run_id)
+        async with _reaching():
+            while True:
+                with contextlib.suppress(errors.WatchError):
+                    return await self._cancelled(run_id)
 
     async def _cancelled(self, run_id: str) -> None:
         run, events, _ = self._keys_of(run_id)
@@ -219,9 +233,14 @@ class RedisHub:
                 await pipe.execute()
 
     async def load(self) -> Load:
-        """How much there is to do; workers count that were heard of within a minute."""
-        waiting, running = await self._counted()
-        workers = await self._redis.xinfo_consumers(self._keys.jobs, GROUP)
+        """How much there is to do; workers count that were heard of within a minute.
+
+        Raises:
+            HubAwayError: there is no server.
+        """
+        async with _reaching():
+            waiting, running = await self._counted()
+            workers = await self._redis.xinfo_consumers(self._keys.jobs, GROUP)
         alive = [
             worker["name"] != _NOBODY.encode() and worker["idle"] < _ALIVE_S * 1000
             for worker in workers
@@ -236,17 +255,18 @@ class RedisHub:
         Raises:
             UnknownRunError: there is no such run, or it was forgotten meanwhile.
             ValueError: `after` is no event's id.
+            HubAwayError: there is no server when it begins; later, it is waited for.
         """
         newest = await self._newest(run_id, after)
         if newest.is_last and position_of(newest.id) <= position_of(after):
             return
-        cursor = min(after, newest.id, key=position_of)
+        cursor, is_waiting = min(after, newest.id, key=position_of), newest.name == "queued"
         async for event in self._history(run_id, cursor):
             yield event
-            cursor = event.id
+            cursor, is_waiting = event.id, event.name == "queued"
             if event.is_last:
                 return
-        with self._joined(run_id, cursor) as feed:
+        with self._joined(run_id, cursor, is_waiting) as feed:
             if position_of(feed.begin) > position_of(cursor):  # another viewer began it meanwhile
                 async for event in self._history(run_id, cursor):
                     yield event
@@ -258,37 +278,39 @@ class RedisHub:
 
     async def _newest(self, run_id: str, after: str) -> Event:
         position_of(after)  # raises
-        found = await self._redis.xrevrange(self._keys.events(run_id), count=1)
-        if not found:
-            raise _unknown(run_id)
-        newest = event_of(found[0])
-        if not newest.is_last:
-            await self._redis.set(self._keys.watched(run_id), 1, px=self._unwatched_ms)
-        return newest
+        async with _reaching():
+            found = await self._redis.xrevrange(self._keys.events(run_id), count=1)
+            if not found:
+                raise _unknown(run_id)
+            newest = event_of(found[0])
+            if not newest.is_last:
+                await self._redis.set(self._keys.watched(run_id), 1, px=self._unwatched_ms)
+            return newest
 
     async def _history(self, run_id: str, cursor: str) -> AsyncIterator[Event]:
         """What is there already, a few at a time: Redis keeps it, not this process."""
         is_more = True
         while is_more and not self._is_closed:
-            found = await self._redis.xrange(
-                self._keys.events(run_id), min=f"({cursor}", count=_PAGE
-            )
+            async with _reaching():
+                found = await self._redis.xrange(
+                    self._keys.events(run_id), min=f"({cursor}", count=_PAGE
+                )
             for event in map(event_of, found or ()):
                 yield event
                 cursor = event.id
             is_more = len(found or ()) == _PAGE
 
     @contextlib.contextmanager
-    def _joined(self, run_id: str, cursor: str) -> Iterator[_Feed]:
+    def _joined(self, run_id: str, cursor: str, is_waiting: bool) -> Iterator[_Feed]:
         """The run's feed, which is there as long as anybody is in this block."""
         feed = self._feeds.get(run_id)
         if feed is None:
-            feed = self._feeds[run_id] = _Feed(cursor)
+            feed = self._feeds[run_id] = _Feed(cursor, is_waiting)
             if self._is_closed:
                 feed.close()
             else:
                 feed.reader = self._begun(self._follow(run_id, feed))
-                self._telling = self._telling or self._begun(self._tell_watched())
+                self._attending = self._attending or self._begun(self._attend())
         feed.viewers += 1
         try:
             yield feed
@@ -314,16 +336,47 @@ class RedisHub:
                     feed.fail(error)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _tell_watched(self) -> None:
-        """Keep the marks of all runs that are watched here."""
+    async def _attend(self) -> None:
+        """Tell others which runs are watched here, and viewers how far they have moved up."""
         while self._feeds:
-            await asyncio.sleep(self._unwatched_ms / 3000)
-            with contextlib.suppress(*AWAY):
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for run_id in self._feeds:
-                        pipe.set(self._keys.watched(run_id), 1, px=self._unwatched_ms)
-                    await pipe.execute()
-        self._telling = None
+            await asyncio.sleep(min(self._unwatched_ms / 3000, _ATTEND_S))
+            try:
+                await self._mark_watched()
+                if any(feed.is_waiting for feed in self._feeds.values()):
+                    await self._tell_positions()
+            except Exception as error:  # the next time, then
+                if not is_away(error):
+                    _log.warning("runs cannot be attended to: %s", error)
+        self._attending = None
+
+    async def _mark_watched(self) -> None:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for run_id in self._feeds:
+                pipe.set(self._keys.watched(run_id), 1, px=self._unwatched_ms)
+            await pipe.execute()
+
+    async def _tell_positions(self) -> None:
+        """To those near the front; the others have time."""
+        groups = await self._redis.xinfo_groups(self._keys.jobs)
+        delivered = groups[0]["last-delivered-id"].decode()
+        waiting = await self._redis.xrange(self._keys.jobs, f"({delivered}", count=_NEAR)
+        for position, (_, fields) in enumerate(waiting):
+            run_id = job_of(fields).id
+            feed = self._feeds.get(run_id)
+            if feed is not None and feed.is_waiting:
+                with contextlib.suppress(errors.WatchError):  # it has begun, or another was quicker
+                    await self._move_up(run_id, position)
+
+    async def _move_up(self, run_id: str, position: int) -> None:
+        run, events, _ = self._keys_of(run_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(run)
+            attempt, state, known = await pipe.hmget(run, "attempt", "state", "position")
+            if attempt is None and state is None and known is not None and position < int(known):
+                pipe.multi()
+                pipe.hset(run, "position", position)
+                pipe.xadd(events, event_fields(Event("queued", {"position": position})))
+                await pipe.execute()
 
     def _begun(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -353,10 +406,12 @@ class _Feed:
 
     Args:
         begin: events behind this id are, or were, here.
+        is_waiting: whether nobody paints it yet.
     """
 
-    def __init__(self, begin: str) -> None:
+    def __init__(self, begin: str, is_waiting: bool) -> None:
         self.begin = self.end = begin
+        self.is_waiting = is_waiting
         self.viewers = 0
         self.reader: asyncio.Task[None] | None = None
         self.is_over = False
@@ -368,6 +423,7 @@ class _Feed:
         """One more; the oldest of its kind makes room for it."""
         self._events.append(event)
         self.end, self.is_over = event.id, event.is_last
+        self.is_waiting = event.name == "queued"
         alike = [one for one in self._events if _is_preview(one) == _is_preview(event)]
         if len(alike) > (_NEWEST_PREVIEWS if _is_preview(event) else _NEWEST_OTHERS):
             self._events.remove(alike[0])
@@ -402,6 +458,18 @@ class _Feed:
     def _tell(self) -> None:
         told, self._news = self._news, asyncio.Event()
         told.set()
+
+
+@contextlib.asynccontextmanager
+async def _reaching() -> AsyncIterator[None]:
+    """Where there is no server, that is what is raised."""
+    try:
+        yield
+    except Exception as error:
+        if not is_away(error):
+            raise
+        expected = "Redis must be there to take and to show runs, got none"
+        raise HubAwayError(f"{expected}; ask again") from error
 
 
 def _is_preview(event: Event) -> bool:

@@ -45,7 +45,7 @@ from .images_api import (
     job_of,
     refusal_of,
 )
-from .jobs import BEGINNING, Event, Hub, Job, Load, QueueFullError, UnknownRunError
+from .jobs import BEGINNING, Event, Hub, HubAwayError, Job, Load, QueueFullError, UnknownRunError
 from .local import position_of
 
 __all__ = ["Settings", "create_app"]
@@ -117,6 +117,7 @@ def create_app(hub: Hub, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(HubAwayError, _refused)
     _add_runs(app, service)
     _add_rest(app, service)
     return app
@@ -461,6 +462,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     """Whatever went wrong with a request, in the one shape of errors."""
     if isinstance(error, Refusal):
         return error.response()
+    if isinstance(error, HubAwayError):
+        return Refusal(503, str(error), headers={"retry-after": str(_RETRY_AFTER_S)}).response()
     if isinstance(error, RequestValidationError):
         return _invalid(error).response()
     if isinstance(error, HTTPException):

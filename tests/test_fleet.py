@@ -11,13 +11,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import redis
 import redis_server
 
-redis = pytest.importorskip("redis")
-
-from sd_progress import _redis  # noqa: E402
-from sd_progress.fleet import RedisBench, RedisHub  # noqa: E402
-from sd_progress.jobs import BEGINNING, Event, Job, Load, QueueFullError, UnknownRunError  # noqa: E402
+from sd_progress import _redis, fleet
+from sd_progress.fleet import RedisBench, RedisHub
+from sd_progress.jobs import (
+    BEGINNING,
+    Event,
+    HubAwayError,
+    Job,
+    Load,
+    QueueFullError,
+    UnknownRunError,
+)
 
 PICTURE = base64.b64encode(bytes(range(256))).decode()
 PREVIEW = {"b64_json": PICTURE, "format": "png", "step_index": 0}
@@ -158,6 +165,29 @@ def test_positions_are_counted(server):
         return sorted(event.data["position"] for event in newest), await hub.load()
 
     assert with_hub(server, body) == ([0, 1, 2, 3, 4], Load(5, 0, 0))
+
+
+def test_who_waits_learns_that_it_moves_up(server, make_bench, monkeypatch):
+    """Once for each place, however many web processes look after it."""
+    monkeypatch.setattr(fleet, "_ATTEND_S", 0.05)
+
+    async def body(hub):
+        other = RedisHub(server.url)
+        for number in range(3):
+            await hub.submit(replace(JOB, id=f"r-{number}"))
+        watching = [asyncio.create_task(collect(one, "r-2")) for one in (hub, other)]
+        bench = make_bench(lease_s=5)
+        for _ in range(2):
+            await asyncio.sleep(0.3)
+            paint(bench, bench.claim(0), 1)
+        await asyncio.sleep(0.3)
+        paint(bench, bench.claim(0), 1)
+        await other.aclose()
+        return await asyncio.gather(*watching)
+
+    for events in with_hub(server, body):
+        positions = [event.data["position"] for event in events if event.name == "queued"]
+        assert positions == [2, 1, 0]
 
 
 def test_load_counts_all_there_is(server, make_bench):
@@ -624,6 +654,25 @@ def test_a_restart_is_survived():
         submit(own, replace(JOB, id="run-2"))
         assert bench.claim(5).id == "run-2"
         bench.close()
+
+
+def test_a_hub_says_that_there_is_no_server():
+    """Whatever it is asked; who watches meanwhile goes on when there is one again."""
+    with redis_server.running() as own:
+
+        async def body(hub):
+            await hub.submit(JOB)
+            watching = asyncio.create_task(collect(hub))
+            await asyncio.sleep(0.2)
+            own.stop()
+            for asked in (hub.submit(JOB), hub.load(), hub.cancel("a"), collect(hub)):
+                with pytest.raises(HubAwayError, match="Redis must be there"):
+                    await asked
+            own.start()
+            with pytest.raises(UnknownRunError):
+                await watching
+
+        with_hub(own, body)
 
 
 def test_a_last_event_waits_for_the_server(server, raw, make_bench):

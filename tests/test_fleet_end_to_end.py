@@ -15,11 +15,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import redis
 import redis_server
 import requests
 import web
-
-redis = pytest.importorskip("redis")
 
 LEASE_S = 2
 START_S = 90  # of a worker, which loads a model, on a machine that does much else

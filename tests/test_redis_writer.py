@@ -8,15 +8,13 @@ import time
 
 import numpy as np
 import pytest
+import redis
 import redis_server
 import tiny
 from PIL import Image
 
 from sd_progress import Frame, PreviewCallback, PreviewWarning, writer_for
-
-redis = pytest.importorskip("redis")
-
-from sd_progress.fleet import RedisWriter  # noqa: E402
+from sd_progress.fleet import RedisWriter
 
 
 @pytest.fixture(scope="module")
