@@ -85,6 +85,11 @@ class Keys:
         """How many jobs there ever were; who adds one watches it."""
         return f"{{{self.prefix}}}:tickets"
 
+    @property
+    def looked(self) -> str:
+        """There for a moment after a worker has looked for the jobs of dead ones."""
+        return f"{{{self.prefix}}}:looked"
+
     def unfinished(self, client: str) -> str:
         """Set of the client's runs that are not over."""
         return f"{{{self.prefix}}}:unfinished:{client}"

@@ -380,6 +380,14 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "for all workers (default: 30)",
     )
     parser.add_argument(
+        *spellings("keep_s"),
+        type=_seconds("keep_s"),
+        default=900.0,
+        metavar="S",
+        help="how many seconds a run that is over can be read; most of Redis' memory goes there "
+        "(default: 900)",
+    )
+    parser.add_argument(
         *spellings("grace_s"),
         type=_seconds("grace_s"),
         default=20.0,
@@ -675,6 +683,7 @@ def _work(args: argparse.Namespace) -> None:
         name=args.name,
         prefix=args.prefix,
         lease_s=args.lease_s,
+        keep_s=args.keep_s,
         grace_s=args.grace_s,
     )
     work(task)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -53,8 +54,8 @@ __all__ = ["RedisBench", "RedisHub", "RedisWriter"]
 _PAGE: Final = 4  # events that are fetched at once
 _BLOCK_MS: Final = 2000  # how long a reader waits before it looks whether its run is still there
 _RETRY_S: Final = 0.5  # between two tries while there is no server
-_LOOK_S: Final = 1.0  # how often an idle worker looks for jobs whose worker died
-_WAITING_S: Final = 24 * 3600.0  # what nobody has touched for so long is forgotten
+_LOOK_S: Final = 1.0  # how often any of the workers looks for jobs whose worker died
+_WAITING_S: Final = 24 * 3600  # what nobody has touched for so long is forgotten
 _ATTEND_S: Final = 2.0  # how often viewers learn that they moved up
 _NEAR: Final = 100  # who is so near to the front learns it
 _ALIVE_S: Final = 60.0  # a worker that was not heard of for longer is not counted
@@ -103,7 +104,7 @@ class RedisHub:
         self._keys = Keys(prefix)
         self._max_waiting, self._max_per_client = max_waiting, max_per_client
         self._unwatched_ms = int(unwatched_s * 1000)
-        self._keep_s = keep_s
+        self._keep_s = math.ceil(keep_s)
         self._redis = connected_async(url, max_connections=32)
         self._reading = connected_async(url, max_connections=max_connections)
         self._feeds: dict[str, _Feed] = {}
@@ -170,8 +171,8 @@ class RedisHub:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(run, "position", position)
             pipe.xadd(events, event_fields(Event("queued", {"position": position})))
-            pipe.expire(run, int(_WAITING_S))
-            pipe.expire(events, int(_WAITING_S))
+            pipe.expire(run, _WAITING_S)
+            pipe.expire(events, _WAITING_S)
             pipe.set(watched, 1, px=self._unwatched_ms)
             await pipe.execute()
 
@@ -188,7 +189,7 @@ class RedisHub:
                 pipe.multi()
                 pipe.incr(self._keys.tickets)
                 pipe.sadd(unfinished, job.id)
-                pipe.expire(unfinished, int(_WAITING_S))
+                pipe.expire(unfinished, _WAITING_S)
                 pipe.xadd(self._keys.jobs, job_fields(job))
                 entry: bytes = (await pipe.execute())[-1]
             except errors.WatchError:
@@ -223,8 +224,8 @@ class RedisHub:
             if attempt is None:
                 pipe.xadd(events, event_fields(Event("cancelled")))
                 pipe.hset(run, "state", OVER)
-                pipe.expire(run, int(self._keep_s))
-                pipe.expire(events, int(self._keep_s))
+                pipe.expire(run, self._keep_s)
+                pipe.expire(events, self._keep_s)
             await pipe.execute()
         if attempt is None and entry is not None:
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -550,13 +551,13 @@ class RedisBench:
         self.name = name
         self._keys = Keys(prefix)
         self._lease_ms = max(1, int(lease_s * 1000))
+        self._look_ms = max(1, int(min(_LOOK_S * 1000, self._lease_ms / 4)))
         self._max_attempts = max_attempts
         self._max_events, self._max_bytes = max_events, max_bytes
-        self._keep_s, self._patience_s = keep_s, patience_s
+        self._keep_s, self._patience_s = math.ceil(keep_s), patience_s
         self._clock = clock
         self._redis = connected(url)
         self._held: dict[str, _Held] = {}
-        self._looked_s = float("-inf")
         self._is_missed = False
         self._claiming = threading.Lock()
         self._closing = threading.Event()
@@ -571,7 +572,7 @@ class RedisBench:
             left_s = max(0.0, give_up_s - self._clock())
             try:
                 with self._claiming:
-                    job = self._claimed(min(left_s, _LOOK_S, self._lease_ms / 4000))
+                    job = self._claimed(min(left_s, self._look_ms / 1000))
                 self._is_missed = False
             except Exception as error:
                 if not is_away(error):
@@ -659,18 +660,18 @@ class RedisBench:
 
     def _abandoned(self) -> Entry | None:
         """The job of a worker that gave no sign of life for longer than the lease."""
-        if self._clock() < self._looked_s + min(_LOOK_S, self._lease_ms / 4000):
-            return None
         jobs = self._keys.jobs
+        if not self._redis.set(self._keys.looked, 1, nx=True, px=self._look_ms):
+            return None  # somebody has just looked, and it takes longer the more jobs there are
         idle = self._redis.xpending_range(jobs, GROUP, "-", "+", 10, idle=self._lease_ms)
         for found in idle:
             entry = found["message_id"]
             taken: list[Entry] = self._redis.xclaim(jobs, GROUP, self.name, self._lease_ms, [entry])
             if taken and taken[0][1]:
+                self._redis.delete(self._keys.looked)  # there may be more
                 return taken[0]
             if taken:  # Redis 6 gives nothing of those that are deleted
                 self._redis.xack(jobs, GROUP, entry)
-        self._looked_s = self._clock()
         return None
 
     def _next(self, timeout_s: float) -> Entry | None:
@@ -707,8 +708,8 @@ class RedisBench:
             pipe.hincrby(run, "attempt", 1)
             pipe.hincrby(run, "strikes", 1)
             pipe.hset(run, "entry", entry)
-            pipe.expire(run, int(_WAITING_S))
-            pipe.expire(self._keys.events(job.id), int(_WAITING_S))
+            pipe.expire(run, _WAITING_S)
+            pipe.expire(self._keys.events(job.id), _WAITING_S)
             attempt = pipe.execute()[0]
         return _Held(job, entry, attempt, self._clock())
 
@@ -731,7 +732,7 @@ class RedisBench:
     def _published(self, held: _Held, event: Event) -> bool:
         run, events = self._keys.run(held.job.id), self._keys.events(held.job.id)
         fields = event_fields(event)
-        keep_s = int(self._keep_s if event.is_last else _WAITING_S)
+        keep_s = self._keep_s if event.is_last else _WAITING_S
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(run)
             attempt, state = pipe.hmget(run, "attempt", "state")
@@ -822,7 +823,7 @@ class RedisBench:
 
     def _leave(self) -> None:
         """Have others take over what is this worker's, and forget the worker."""
-        jobs, long_ms = self._keys.jobs, int(_WAITING_S * 1000)
+        jobs, long_ms = self._keys.jobs, _WAITING_S * 1000
         with contextlib.suppress(errors.ResponseError):  # there is no group, and so no job
             mine = self._redis.xpending_range(jobs, GROUP, "-", "+", 100, self.name)
             entries = [found["message_id"] for found in mine]

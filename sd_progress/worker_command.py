@@ -31,6 +31,7 @@ class Task:
         name: of the worker; None is made of the machine's name and the process' number.
         prefix: of the fleet's keys.
         lease_s: after so long without a sign of life, it is taken for dead.
+        keep_s: until a run that is over is forgotten.
         grace_s: how long a job that is begun may go on after SIGTERM, before it is given back.
     """
 
@@ -41,6 +42,7 @@ class Task:
     name: str | None
     prefix: str
     lease_s: float
+    keep_s: float
     grace_s: float
 
 
@@ -52,7 +54,9 @@ def work(task: Task) -> None:
     """
     name = task.name or f"{socket.gethostname()}-{os.getpid()}"
     try:
-        bench = RedisBench(task.redis, name, prefix=task.prefix, lease_s=task.lease_s)
+        bench = RedisBench(
+            task.redis, name, prefix=task.prefix, lease_s=task.lease_s, keep_s=task.keep_s
+        )
     except ValueError as error:
         raise UsageError(f"--redis: {error}") from error
     painter = load_painter(task.model, device=task.device, dtype=task.dtype)

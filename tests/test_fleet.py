@@ -245,7 +245,7 @@ def test_one_client_can_have_so_many(server, make_bench):
     with_hub(server, body, max_per_client=1)
 
 
-def test_the_limit_holds_between_web_processes(server):
+def test_the_limit_holds_between_web_processes(server, raw):
     """Exactly, whoever asks at the same moment."""
 
     async def body(hub):
@@ -262,6 +262,7 @@ def test_the_limit_holds_between_web_processes(server):
     assert waiting == 10
     assert answers.count(type(None)) == 10
     assert answers.count(QueueFullError) == 30
+    assert len(list(raw.scan_iter("sd-progress:*:run"))) == 10
 
 
 def test_an_id_is_used_once(server):
@@ -459,6 +460,23 @@ def test_a_worker_that_leaves_while_it_waits(server, make_bench):
     assert make_bench("bob").claim(0) == JOB
 
 
+def test_a_job_that_comes_while_a_worker_leaves(server, make_bench, monkeypatch):
+    """It is given back as well."""
+    submit(server, JOB)
+    bench = make_bench(lease_s=60)
+    closing, attempt = threading.Thread(target=bench.close), bench._attempt
+
+    def attempt_while_it_closes(*arguments):
+        closing.start()
+        bench._closing.wait()
+        return attempt(*arguments)
+
+    monkeypatch.setattr(bench, "_attempt", attempt_while_it_closes)
+    assert bench.claim(5) is None
+    closing.join()
+    assert make_bench("bob").claim(2) == JOB
+
+
 # Watching
 
 
@@ -571,6 +589,31 @@ def test_viewers_that_come_and_go(server, make_bench):
     assert len(found) > 5
     assert {len(events) for events in found} == {42}
     assert feeds == {}
+
+
+def test_a_viewer_that_pauses_while_others_come(server, make_bench):
+    """What it has not seen yet, and the others' reader begins behind, it reads itself."""
+
+    async def body(hub):
+        await hub.submit(JOB)
+        bench = make_bench(lease_s=5)
+        async with aclosing(hub.events(JOB.id)) as events:
+            found = [await anext(events)]
+            job = bench.claim(5)
+            for number in range(6):
+                bench.publish(job, Event("preview", {**PREVIEW, "step_index": number}))
+            async with aclosing(hub.events(JOB.id)) as others:
+                while (await anext(others)).data.get("step_index") != 5:
+                    pass
+                coming = asyncio.ensure_future(anext(others))
+                await asyncio.sleep(0.1)
+                found += [await anext(events) for _ in range(6)]
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+        return found
+
+    steps = [event.data.get("step_index") for event in with_hub(server, body)]
+    assert steps == [None, 0, 1, 2, 3, 4, 5]
 
 
 def test_closing_a_hub_ends_what_is_watched(server):
