@@ -23,7 +23,7 @@ from typing import Annotated, Final, cast
 try:
     from fastapi import FastAPI, Header, Path, Query, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from pydantic import BaseModel
     from sse_starlette import EventSourceResponse
     from starlette.exceptions import HTTPException
@@ -104,7 +104,7 @@ def create_app(hub: Hub, settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
         lifespan=service.lifespan,
-        responses={"4XX": {"model": ErrorBody}},
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.service = service
     app.add_middleware(
@@ -127,7 +127,11 @@ RunId = Annotated[str, Path(pattern=RUN_ID, description="From the header `X-Run-
 
 
 def _add_runs(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/images/generations", response_model=Images)
+    @app.post(
+        "/v1/images/generations",
+        response_model=Images,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def generate(body: ImageRequest, request: Request) -> Response:
         """As the OpenAI images API; with `stream`, as its server-sent events."""
         job = await service.submit(body, request)
@@ -143,7 +147,11 @@ def _add_runs(app: FastAPI, service: Service) -> None:
         events = f"/v1/runs/{job.id}/events"
         return Begun(id=job.id, events=events, seed=cast(int, job.seed))
 
-    @app.get("/v1/runs/{run_id}/events", responses={204: {"description": "There are no more."}})
+    @app.get(
+        "/v1/runs/{run_id}/events",
+        response_class=EventSourceResponse,
+        responses={204: {"description": "There are no more."}},
+    )
     async def events(
         run_id: RunId,
         after: Annotated[str | None, Query(description="As the header `Last-Event-ID`.")] = None,
@@ -171,7 +179,7 @@ def _add_rest(app: FastAPI, service: Service) -> None:
         await service.load()
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         text = service.metrics.text(await service.load())

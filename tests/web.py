@@ -51,7 +51,7 @@ def served(hub, settings=None):
         thread.start()
         assert ready.wait(WAIT_S)
         try:
-            yield "http://127.0.0.1:{}".format(listener.getsockname()[1])
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(WAIT_S)
