@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 
 from sd_progress import painter, synthetic
-from sd_progress._redis import event_fields
+from sd_progress._redis import GROUP, Keys, event_fields, job_fields
 from sd_progress.fleet import RedisBench, RedisHub
 from sd_progress.jobs import Event, ImageFormat, Job
 
@@ -45,7 +45,7 @@ NUMBERS = count()
 STEPS = 30  # of a run in the table, each with a preview
 RUN_S = 10.0
 VIEWERS = 2.0  # of a run: who asked, and now and then somebody else
-KEEP_S = 900.0  # what `RedisBench` keeps a run that is over
+KEPT_S = (900, 60)  # how long runs that are over are kept
 BUSY = 0.5  # of a core, so that nothing waits
 STEP = re.compile(rb'"step_index": (\d+)')
 EVENT_STREAM = b"GET /v1/runs/%s/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -333,6 +333,36 @@ def viewing(
     return Seen(web_s, server_s, len(late_ms), (median(late_ms), quantiles(late_ms, n=20)[-1]))
 
 
+def queueing(url: str, server: psutil.Process, others: int, jobs: int) -> float:
+    """Seconds of the server for a job without previews, while so many others are being painted."""
+    bench = RedisBench(url, "measured", prefix="queue")
+    done = Event("completed", {"images": []})
+    keys = Keys("queue")
+
+    async def main() -> float:
+        hub = RedisHub(url, prefix="queue", max_waiting=10**6, max_per_client=10**6)
+        await hub.load()  # makes the group
+        with redis.Redis.from_url(url, protocol=2) as raw:
+            for number in range(others):
+                raw.xadd(keys.jobs, dict(job_fields(Job(f"other-{number}", "x" * 300))))
+                raw.xreadgroup(GROUP, f"other-{number}", {keys.jobs: ">"}, count=1)
+        before_s = cpu_s(server)
+        for number in range(jobs):
+            await hub.submit(Job(f"{others}-{number}", "x" * 300, stays=True, client="me"))
+            claimed = bench.claim(5)
+            assert claimed is not None
+            bench.publish(claimed, done)
+        took_s = cpu_s(server) - before_s
+        await hub.aclose()
+        return took_s / jobs
+
+    took_s = asyncio.run(main())
+    with redis.Redis.from_url(url) as raw:
+        raw.delete(keys.jobs)
+    bench.close()
+    return took_s
+
+
 async def view(port: int, run_id: str) -> dict[int, float]:
     """When each preview of the run was here, by its step."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
@@ -429,35 +459,36 @@ def memories(runs: Sequence[Run], costs: Sequence[Costs]) -> str:
 def capacity(run: Run, cost: Costs) -> str:
     """How much of everything so many workers need."""
     rows = []
-    for workers in (1, 10, 100, 1000):
-        events = workers * (STEPS + 1) / RUN_S  # a second
-        in_bytes = workers * (STEPS * num_bytes(run.preview) + num_bytes(run.completed)) / RUN_S
-        out_bytes = workers * VIEWERS / RUN_S
-        out_bytes *= STEPS * num_bytes_as_json(run.preview) + num_bytes_as_json(run.completed)
+    for workers in (1, 10, 100, 1000, 10_000):
+        runs = workers / RUN_S  # a second
+        events = runs * (STEPS + 1)
+        in_bytes = runs * (STEPS * num_bytes(run.preview) + num_bytes(run.completed))
+        json_bytes = STEPS * num_bytes_as_json(run.preview) + num_bytes_as_json(run.completed)
         redis_cores = events * (cost.publish_s + cost.read_s)
         web_cores = events * (cost.web_read_s + VIEWERS * cost.web_send_s)
-        kept_bytes = cost.run_bytes * workers * (KEEP_S + RUN_S) / RUN_S
         rows.append(
             [
                 f"{workers}",
-                f"{workers * 3600 / RUN_S:.0f}",
                 f"{events:.0f}",
                 f"{in_bytes / 1e6:.1f}",
-                f"{2 * redis_cores:.2f}" if redis_cores < 0.5 else f"{redis_cores / BUSY:.1f}",
-                f"{kept_bytes / 1e9:.2f}",
-                f"{out_bytes / 1e6:.1f}",
+                f"{redis_cores:.2f}",
+                f"{max(1, math.ceil(redis_cores / BUSY))}",
+                *(f"{cost.run_bytes * (runs * keep_s + workers) / 1e9:.2f}" for keep_s in KEPT_S),
+                f"{runs * VIEWERS * json_bytes / 1e6:.1f}",
+                f"{web_cores:.2f}",
                 f"{max(2, math.ceil(web_cores / BUSY))}",
             ]
         )
     header = [
         "workers",
-        "runs an hour",
         "events/s",
         "into Redis, MB/s",
-        "Redis nodes",
-        f"Redis memory, GB, kept {KEEP_S:.0f} s",
+        "Redis, cores",
+        "nodes",
+        *(f"memory, GB, runs kept {keep_s} s" for keep_s in KEPT_S),
         "to viewers, MB/s",
-        "web processes",
+        "web, cores",
+        "processes",
     ]
     return table(header, rows)
 
@@ -494,11 +525,15 @@ def main() -> None:
     print(sizes(runs), end="\n\n", flush=True)
     with redis_server() as (url, server):
         costs = [measured(run, url, server, args.events, args.viewers) for run in runs]
+        jobs_s = {others: queueing(url, server, others, args.events) for others in (0, 1000)}
     print(costs_of(runs, costs), end="\n\n")
     print(memories(runs, costs), end="\n\n")
     print(limits(runs, costs), end="\n\n")
+    for others, job_s in jobs_s.items():
+        print(f"One job takes Redis {1e6 * job_s:.0f} µs while {others} others are painted,")
+        print(f"so that one node can take {BUSY / job_s:.0f} jobs a second.", end="\n\n")
     for run, cost in zip(runs, costs, strict=True):
-        if run.format == "jpeg" or run == runs[3]:
+        if run.format != "webp":
             print(f"{run.kind}, {run.format}:\n\n{capacity(run, cost)}", end="\n\n")
 
 

@@ -95,7 +95,7 @@ class Keys:
         return f"{{{self.prefix}}}:unfinished:{client}"
 
     def run(self, run_id: str) -> str:
-        """Hash of what is known of a run: client, entry, attempt, strikes, cancelled, state."""
+        """Hash of what is known of a run: client, entry, position, owner, attempts, cancelled, state."""
         return f"{self.prefix}:{{{run_id}}}:run"
 
     def events(self, run_id: str) -> str:

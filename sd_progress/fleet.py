@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import deque
@@ -212,22 +213,20 @@ class RedisHub:
         run, events, _ = self._keys_of(run_id)
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(run)
-            client, state, attempt, entry = await pipe.hmget(
-                run, "client", "state", "attempt", "entry"
-            )
+            client, state, owner, entry = await pipe.hmget(run, "client", "state", "owner", "entry")
             if client is None:
                 raise _unknown(run_id)
             if state == OVER:
                 return
             pipe.multi()
             pipe.hset(run, "cancelled", 1)
-            if attempt is None:
+            if owner is None:
                 pipe.xadd(events, event_fields(Event("cancelled")))
                 pipe.hset(run, "state", OVER)
                 pipe.expire(run, self._keep_s)
                 pipe.expire(events, self._keep_s)
             await pipe.execute()
-        if attempt is None and entry is not None:
+        if owner is None and entry is not None:
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.xdel(self._keys.jobs, entry)
                 pipe.srem(self._keys.unfinished(client.decode()), run_id)
@@ -372,8 +371,8 @@ class RedisHub:
         run, events, _ = self._keys_of(run_id)
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(run)
-            attempt, state, known = await pipe.hmget(run, "attempt", "state", "position")
-            if attempt is None and state is None and known is not None and position < int(known):
+            owner, state, known = await pipe.hmget(run, "owner", "state", "position")
+            if owner is None and state is None and known is not None and position < int(known):
                 pipe.multi()
                 pipe.hset(run, "position", position)
                 pipe.xadd(events, event_fields(Event("queued", {"position": position})))
@@ -490,7 +489,7 @@ class _Held:
 
     Attributes:
         entry: of the jobs stream.
-        attempt: counts who claimed it; whoever has not the last number has lost it.
+        owner: made for this claim; as long as the run has it, it is this worker's.
         renewed_s: when the lease was.
         sizes: bytes of the newest events.
         is_cut: whether older events than those were left out for their size.
@@ -498,7 +497,7 @@ class _Held:
 
     job: Job
     entry: bytes
-    attempt: int
+    owner: bytes
     renewed_s: float
     sizes: deque[int] = field(default_factory=deque)
     is_cut: bool = False
@@ -696,7 +695,7 @@ class RedisBench:
 
     def _attempt(self, job: Job, entry: bytes) -> _Held | None:
         """One more attempt; None, and no entry, where the run is over or the job there twice."""
-        run = self._keys.run(job.id)
+        run, owner = self._keys.run(job.id), f"{self.name}/{secrets.token_hex(8)}".encode()
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(run)
             client, state, known = pipe.hmget(run, "client", "state", "entry")
@@ -705,18 +704,18 @@ class RedisBench:
                 self._remove(entry, job if is_over else None)
                 return None
             pipe.multi()
-            pipe.hincrby(run, "attempt", 1)
-            pipe.hincrby(run, "strikes", 1)
+            pipe.hset(run, "owner", owner)
             pipe.hset(run, "entry", entry)
+            pipe.hincrby(run, "attempts", 1)
             pipe.expire(run, _WAITING_S)
             pipe.expire(self._keys.events(job.id), _WAITING_S)
-            attempt = pipe.execute()[0]
-        return _Held(job, entry, attempt, self._clock())
+            pipe.execute()
+        return _Held(job, entry, owner, self._clock())
 
     def _is_due(self, held: _Held) -> bool:
         """Whether it is to be painted; if not, its last event is published."""
-        strikes = int(self._redis.hget(self._keys.run(held.job.id), "strikes") or 0)
-        if strikes > self._max_attempts:
+        attempts = int(self._redis.hget(self._keys.run(held.job.id), "attempts") or 0)
+        if attempts > self._max_attempts:
             message = (
                 f"{self._max_attempts} workers ended in the middle of it; it is not tried again"
             )
@@ -735,8 +734,8 @@ class RedisBench:
         keep_s = self._keep_s if event.is_last else _WAITING_S
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(run)
-            attempt, state = pipe.hmget(run, "attempt", "state")
-            if _number(attempt) != held.attempt:
+            owner, state = pipe.hmget(run, "owner", "state")
+            if owner != held.owner:
                 self._held.pop(held.job.id, None)
                 return False
             if state == OVER:  # the last event is there, only the answer was lost
@@ -760,10 +759,10 @@ class RedisBench:
     def _is_wanted(self, held: _Held) -> bool:
         run = self._keys.run(held.job.id)
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(run, "attempt", "state", "cancelled")
+            pipe.hmget(run, "owner", "state", "cancelled")
             pipe.exists(self._keys.watched(held.job.id))
-            (attempt, state, cancelled), watched = pipe.execute()
-        if _number(attempt) != held.attempt or state == OVER:
+            (owner, state, cancelled), watched = pipe.execute()
+        if owner != held.owner or state == OVER:
             self._held.pop(held.job.id, None)
             return False
         self._renew(held)
@@ -812,11 +811,11 @@ class RedisBench:
                 self._redis.pipeline(transaction=True) as pipe,
             ):
                 pipe.watch(run)
-                attempt, state = pipe.hmget(run, "attempt", "state")
-                if _number(attempt) == held.attempt and state != OVER:
+                owner, state = pipe.hmget(run, "owner", "state")
+                if owner == held.owner and state != OVER:
                     pipe.multi()
-                    pipe.hincrby(run, "attempt", 1)
-                    pipe.hincrby(run, "strikes", -1)  # it is not the job's fault
+                    pipe.hdel(run, "owner")
+                    pipe.hincrby(run, "attempts", -1)  # it is not the job's fault
                     pipe.xadd(events, event_fields(Event("queued", {"position": 0})))
                     pipe.execute()
                 is_done = True
@@ -838,7 +837,3 @@ class RedisBench:
 def _entries(reply: Iterable[tuple[bytes, list[Entry]]] | None) -> list[Entry]:
     """What XREAD found in its one stream."""
     return [entry for _, entries in reply or () for entry in entries]
-
-
-def _number(value: bytes | None) -> int | None:
-    return None if value is None else int(value)

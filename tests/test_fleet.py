@@ -437,6 +437,10 @@ def test_a_worker_that_leaves_gives_its_job_back(server, make_bench):
         assert not bench.publish(JOB, DONE)
         assert bench.claim(0) is None
     assert names(read_until(server, 6)) == ["queued"] * 6
+    with_hub(server, lambda hub: hub.cancel(JOB.id))
+    assert names(read(server))[-1] == "cancelled"
+    assert make_bench("dan").claim(0.2) is None
+    assert with_hub(server, lambda hub: hub.load()).running == 0
 
 
 def read_until(server, count):
