@@ -508,9 +508,9 @@ def limits(runs: Sequence[Run], costs: Sequence[Costs]) -> str:
     header = [
         "pictures",
         "events/s of a Redis node",
-        "workers",
-        "events/s of a web process",
-        "viewers",
+        "so workers",
+        "events/s to viewers of a web process",
+        "so viewers",
     ]
     return table(header, rows)
 

@@ -53,6 +53,12 @@ OVER: Final = b"over"
 AWAY: Final = (errors.ConnectionError, errors.TimeoutError)
 """What is raised while there is no server to talk to; `is_away` knows the exceptions."""
 
+_PASSING: Final = (
+    errors.ClusterDownError,
+    errors.OutOfMemoryError,
+    errors.ReadOnlyError,
+    errors.TryAgainError,
+)
 _JOB_FIELDS: Final = frozenset(one.name for one in dataclasses.fields(Job))
 _TIMEOUT_S: Final = 5.0
 _CONNECT_S: Final = 2.0
@@ -95,7 +101,11 @@ class Keys:
         return f"{{{self.prefix}}}:unfinished:{client}"
 
     def run(self, run_id: str) -> str:
-        """Hash of what is known of a run: client, entry, position, owner, attempts, cancelled, state."""
+        """Hash of what is known of a run.
+
+        `client` and `position` in line, `entry` of the jobs stream, `owner`, count of `attempts`,
+        whether it is `cancelled`, and `state`, which is "over" after the last event.
+        """
         return f"{self.prefix}:{{{run_id}}}:run"
 
     def events(self, run_id: str) -> str:
@@ -297,5 +307,4 @@ def is_away(error: Exception) -> bool:
     """Whether it may go away by itself: no server, one that is loading, full or taken over."""
     if isinstance(error, errors.AuthenticationError):
         return False
-    passing = (errors.ReadOnlyError, errors.OutOfMemoryError, errors.TryAgainError)
-    return isinstance(error, (*AWAY, *passing))
+    return isinstance(error, (*AWAY, *_PASSING))

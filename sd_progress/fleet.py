@@ -136,10 +136,7 @@ class RedisHub:
 
     async def _room_for(self, job: Job) -> int:
         """How many wait."""
-        unfinished = self._keys.unfinished(job.client)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.scard(unfinished)
-            of_client = (await pipe.execute())[0] if job.client else 0
+        of_client = await self._redis.scard(self._keys.unfinished(job.client)) if job.client else 0
         waiting, _ = await self._counted()
         if waiting >= self._max_waiting:
             raise QueueFullError(_FULL.format(what="waiting runs", most=self._max_waiting))
@@ -154,13 +151,11 @@ class RedisHub:
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.xlen(self._keys.jobs)
                 pipe.xpending(self._keys.jobs, GROUP)
-                try:
-                    length, pending = await pipe.execute()
-                except errors.ResponseError as error:
-                    if "NOGROUP" not in str(error):
-                        raise
-                else:
-                    return max(0, length - pending["pending"]), pending["pending"]
+                length, pending = await pipe.execute(raise_on_error=False)
+            if not isinstance(pending, Exception):
+                return max(0, length - pending["pending"]), pending["pending"]
+            if "NOGROUP" not in str(pending):
+                raise pending
             with contextlib.suppress(errors.ResponseError):  # another one was quicker
                 await self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True)
 

@@ -1,6 +1,7 @@
 """Real Redis servers for the tests, that keep nothing and are gone afterwards."""
 
 import contextlib
+import functools
 import shutil
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import redis
 import web
 
 
@@ -70,14 +72,21 @@ def started(*options):
 def cluster():
     """The URL of three nodes that share the keys."""
     with contextlib.ExitStack() as stack:
-        ports = [free_port() for _ in range(3)]
-        for port in ports:
+        servers, nodes = [], [f"127.0.0.1:{free_port()}" for _ in range(3)]
+        for node in nodes:
             options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
-            stack.enter_context(running(*options, port=port))
-        nodes = [f"127.0.0.1:{port}" for port in ports]
+            servers.append(stack.enter_context(running(*options, port=node.partition(":")[2])))
         words = [web.program("redis-cli"), "--cluster", "create", *nodes, "--cluster-yes"]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, timeout=30)
+        for server in servers:
+            web.until(functools.partial(is_whole, server))
         yield f"redis+cluster://{nodes[0]}"
+
+
+def is_whole(server):
+    """Whether a node of a cluster knows of all keys where they are."""
+    with redis.Redis.from_url(server.url, protocol=2) as raw:
+        return b"cluster_state:ok" in raw.execute_command("CLUSTER", "INFO")
 
 
 @contextlib.contextmanager

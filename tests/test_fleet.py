@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import redis
 import redis_server
+import web
 
 from sd_progress import _redis, fleet
 from sd_progress.fleet import RedisBench, RedisHub
@@ -807,8 +808,7 @@ def test_a_node_of_a_cluster_behind_a_proxy(server):
     with redis_server.running("--cluster-enabled", "yes") as node:
         with redis.Redis.from_url(node.url, protocol=2) as raw:
             raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while b"cluster_state:ok" not in raw.execute_command("CLUSTER", "INFO"):
-                time.sleep(0.05)
+        web.until(lambda: redis_server.is_whole(node))
         assert have_a_run(node.url) == RUN
 
 
