@@ -626,13 +626,14 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     try:
-        from .guard import is_loopback
-        from .images_api import RequestLimits
-        from .local import Limits
-        from .serve_command import Task, serve
-        from .server import Settings  # first: it says what is missing, and how to get it
+        from .server import Settings
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from error
+    from .guard import is_loopback
+    from .images_api import RequestLimits
+    from .local import Limits
+    from .serve_command import Task, serve
+
     if args.redis is not None and args.model is not None:
         expected = "--model must be left out with --redis"
         raise UsageError(f"{expected}, got {args.model!r}; give it to the workers")

@@ -114,9 +114,9 @@ class Guard:
         except Refusal as refusal:
             await refusal.response()(scope, receive, answer)
         except Exception:
-            _log.exception("%s %r failed", scope["method"], scope["path"])
             if answer.is_begun:
                 raise  # the connection is cut: what came is not whole
+            _log.exception("%s %r failed", scope["method"], scope["path"])
             failure = Refusal(500, "the service failed; its log tells why", code="server_error")
             await failure.response()(scope, receive, answer)
 

@@ -93,12 +93,15 @@ class Painter:
 
     def paint(self, bench: Bench, job: Job) -> None:
         """One job, to its last event. Raises only what the bench raises."""
+        easel = _Easel(bench, job, self._preview_side_px)
         try:
             arguments = self._arguments(job)
         except UsageError as error:
             bench.publish(job, _failed(str(error).removeprefix("--"), is_client_error=True))
-            return
-        asyncio.run(self._painted(_Easel(bench, job, self._preview_side_px), arguments))
+        except Exception as error:  # of what cannot even be passed on
+            easel.fail(error)
+        else:
+            asyncio.run(self._painted(easel, arguments))
 
     def _arguments(self, job: Job) -> dict[str, object]:
         size = None if job.width is None or job.height is None else (job.width, job.height)
@@ -116,13 +119,17 @@ class Painter:
     async def _painted(self, easel: _Easel, arguments: dict[str, object]) -> None:
         """In an event loop of its own, because the pipeline's silent parts must not block it."""
         begin = cast("Callable[..., AsyncGenerator[Frame, None]]", astream)  # of any pipeline's
-        async with aclosing(begin(self._pipe, on_phase=easel.enter, **arguments)) as frames:
+        try:
+            frames = begin(self._pipe, on_phase=easel.enter, **arguments)
+        except Exception as error:
+            easel.fail(error)
+            return
+        async with aclosing(frames):
             try:
                 await easel.show(frames)
             except _NotWantedError:
                 easel.publish("cancelled")  # at once; the pipeline ends at its next step
             except Exception as error:  # whatever a pipeline raises
-                _log.exception("run %s failed", easel.job.id)
                 easel.fail(error)
             finally:
                 await easel.leave()
@@ -170,6 +177,7 @@ class _Easel:
 
     def fail(self, error: Exception) -> None:
         """Say no more of it than its kind: messages can tell of folders and of other people."""
+        _log.error("run %s failed", self.job.id, exc_info=error)
         kind = type(error).__name__
         self._bench.publish(self.job, _failed(f"the model failed with {kind}; its log tells why"))
 

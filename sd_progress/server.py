@@ -53,9 +53,9 @@ __all__ = ["Settings", "create_app"]
 RUN_ID: Final = r"^[A-Za-z0-9-]{1,64}$"
 _PEEK_S: Final = 0.5  # how long a viewer's answer may wait for what it will be
 _PING_S: Final = 15
-_SEND_TIMEOUT_S: Final = 30  # a viewer that takes nothing for so long is gone
 _RETRY_AFTER_S: Final = 2
 _KEPT_TEXTS: Final = 64  # encoded events: many viewers of a run want the same at the same time
+_LOST: Final = (HubAwayError, UnknownRunError)  # in the middle of a run
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +71,7 @@ class Settings:
         max_body_bytes: of one request.
         body_timeout_s: until a request must be here.
         max_viewers: connections that events are sent to.
+        send_timeout_s: until a viewer that takes nothing is let go.
     """
 
     token: str | None = None
@@ -79,6 +80,7 @@ class Settings:
     max_body_bytes: int = 64 * 2**10
     body_timeout_s: float = 10.0
     max_viewers: int = 1000
+    send_timeout_s: float = 30.0
 
 
 class Begun(BaseModel):
@@ -137,7 +139,7 @@ def _add_runs(app: FastAPI, service: Service) -> None:
         job = await service.submit(body, request)
         headers = {"x-run-id": job.id, "x-request-id": job.id}
         if body.stream:
-            return _event_stream(service.partial(job, body.partial_images or 0), headers)
+            return service.stream(service.partial(job, body.partial_images or 0), headers)
         return await service.whole(job, request, headers)
 
     @app.post("/v1/runs", status_code=202, response_model=Begun)
@@ -263,11 +265,12 @@ class Service:
         partial, is_over = PartialImages(job, count), False
         with self._viewer():
             try:
-                async with _closing(self._hub.events(job.id)) as events:
-                    async for event in events:
-                        is_over = event.is_last
-                        for name, data in partial.of(event):
-                            yield self._sent(_text(name, data, event.id))
+                with contextlib.suppress(*_LOST):
+                    async with _closing(self._hub.events(job.id)) as events:
+                        async for event in events:
+                            is_over = event.is_last
+                            for name, data in partial.of(event):
+                                yield self._sent(_text(name, data, event.id))
                 if not is_over:
                     yield self._sent(_text("error", _stopping().body(), ""))
             finally:
@@ -305,10 +308,17 @@ class Service:
             raise _unknown(run_id) from error
         if is_empty:
             return Response(status_code=204)  # which tells an EventSource not to come again
-        return _event_stream(self._viewed(run_id, events), {"x-run-id": run_id})
+        return self.stream(self._viewed(run_id, events), {"x-run-id": run_id})
+
+    def stream(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> Response:
+        """An answer that goes on as long as there are events."""
+        timeout_s = self._settings.send_timeout_s
+        return EventSourceResponse(
+            events, headers=headers, ping=_PING_S, sep="\n", send_timeout=timeout_s
+        )
 
     async def _viewed(self, run_id: str, events: _Peeked) -> AsyncGenerator[bytes, None]:
-        with self._viewer():
+        with self._viewer(), contextlib.suppress(*_LOST):  # who comes again is told
             async with _closing(events.all()) as rest:
                 async for event in rest:
                     yield self._sent(self._texts.of(run_id, event))
@@ -354,16 +364,21 @@ class Service:
     # Within -------------------------------------------------------------------------------
 
     async def _last_of(self, job: Job) -> Event:
-        async with _closing(self._hub.events(job.id)) as events:
-            async for event in events:
-                if event.is_last:
-                    return event
+        with contextlib.suppress(UnknownRunError):  # it is lost
+            async with _closing(self._hub.events(job.id)) as events:
+                async for event in events:
+                    if event.is_last:
+                        return event
         raise _stopping()
 
     def _abandon(self, job: Job) -> None:
         """The client left; from where nothing can be awaited any more."""
         if not job.stays and not self._is_closed:
-            self._soon(self._hub.cancel(job.id))
+            self._soon(self._cancelled(job))
+
+    async def _cancelled(self, job: Job) -> None:
+        with contextlib.suppress(UnknownRunError):  # it is over, and forgotten
+            await self._hub.cancel(job.id)
 
     def _soon(self, coroutine: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -422,12 +437,6 @@ def _text(name: str, data: Mapping[str, object], event_id: str) -> bytes:
     """A server-sent event."""
     number = f"id: {event_id}\n" if event_id else ""
     return f"event: {name}\n{number}data: {json.dumps(data)}\n\n".encode()
-
-
-def _event_stream(events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> Response:
-    return EventSourceResponse(
-        events, headers=headers, ping=_PING_S, sep="\n", send_timeout=_SEND_TIMEOUT_S
-    )
 
 
 @contextlib.asynccontextmanager

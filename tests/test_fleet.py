@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import redis
 import redis_server
+import requests
 import web
 
 from sd_progress import _redis, fleet
@@ -721,6 +722,19 @@ def test_a_hub_says_that_there_is_no_server():
                 await watching
 
         with_hub(own, body)
+
+
+def test_a_service_without_a_server_is_to_be_asked_again():
+    """For a proxy's health check as for everyone; it recovers by itself."""
+    with redis_server.running() as own, web.served(RedisHub(own.url)) as url:
+        run_id = web.begin(url)
+        own.stop()
+        answers = [requests.get(f"{url}/healthz"), web.post(url)]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert {answer.headers["retry-after"] for answer in answers} == {"2"}
+        assert web.told(url, run_id) == []
+        own.start()
+        assert requests.get(f"{url}/healthz").status_code == 200
 
 
 def test_a_last_event_waits_for_the_server(server, raw, make_bench):

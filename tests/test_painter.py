@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import logging
+import re
 import threading
 
 import numpy as np
@@ -230,6 +231,15 @@ def painting(pipe, hub, stop):
     bench.close()
     thread.join(web.WAIT_S)
     assert not thread.is_alive()
+
+
+def test_what_cannot_be_passed_on_fails_too(pipe, hub):
+    """A seed of more bits than there are."""
+    events = paint(pipe, hub, seed=2**70)
+    assert [event.name for event in events] == ["queued", "failed"]
+    assert re.match(
+        "the model failed with [A-Z][A-Za-z]+Error; its log", events[-1].data["message"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_its_events_are_as_its_types_say(client):
         model="x", prompt=web.PROMPT, stream=True, partial_images=1, extra_body={"steps": STEPS}
     )
     for event in stream:
-        type(event).model_validate(event.to_dict(), strict=True)
+        content = {**event.to_dict(), "size": "auto"}  # older types know only OpenAI's own sizes
+        type(event).model_validate(content, strict=True)
         assert event.run_id
         height, width, _ = pixels(event.b64_json).shape
         assert event.size == f"{width}x{height}"
@@ -301,16 +302,32 @@ def test_who_leaves_may_let_it_go_on(here, stream):
     assert [event.name for event in newest(hub)][-1] == "completed"
 
 
+def test_who_leaves_at_once_cancels():
+    """Before the answer has begun, too; of runs that nobody paints."""
+    hub = LocalHub(Limits(max_waiting=1000, max_per_client=1000))
+    with web.served(hub) as url:
+        for number in range(60):
+            content = json.dumps({"prompt": "x", "stream": number % 2 == 0}).encode()
+            with connected(url) as connection:
+                connection.sendall(head(url, len(content)) + content)
+        web.until(lambda: numbers(url)["sd_progress_waiting"] == 0)
+        assert set(ended(numbers(url))) <= {"cancelled"}
+
+
 def leave(url, **body):
     """Ask, and close the connection while it is painted."""
-    host, port = url.removeprefix("http://").split(":")
     content = json.dumps({"prompt": web.PROMPT, **body}).encode()
-    with socket.create_connection((host, int(port))) as connection:
+    with connected(url) as connection:
         connection.sendall(head(url, len(content)) + content)
         if body["stream"]:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         else:
             web.until(lambda: numbers(url)["sd_progress_running"] == 1)
+
+
+def connected(url):
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=web.WAIT_S)
 
 
 def head(url, length, path=GENERATIONS):
@@ -400,19 +417,34 @@ def test_a_large_body_is_refused(here):
     chunks = (b'{"prompt": "' + b"x" * 1000 for _ in range(200))
     kind = {"Content-Type": "application/json"}
     with contextlib.suppress(requests.ConnectionError):  # it is closed while it is sent
-        assert (
-            requests.post(url + GENERATIONS, data=chunks, headers=kind, timeout=9).status_code
-            == 413
-        )
+        answer = requests.post(url + GENERATIONS, data=chunks, headers=kind, timeout=9)
+        assert answer.status_code == 413
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():
     """Else connections would be held for nothing."""
-    with web.served(LocalHub(), Settings(body_timeout_s=0.2)) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=9) as connection:
-            connection.sendall(head(url, 100) + b'{"prompt"')
-            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+    settings = Settings(body_timeout_s=0.2)
+    with web.served(LocalHub(), settings) as url, connected(url) as connection:
+        connection.sendall(head(url, 100) + b'{"prompt"')
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_viewer_that_takes_nothing_is_let_go():
+    """Else it would be kept waiting for, with all that it has not taken."""
+    hub = LocalHub()
+    with web.served(hub, Settings(send_timeout_s=0.3)) as url:
+        run_id = web.begin(url)
+        bench = hub.bench()
+        job = bench.claim(0)
+        with connected(url) as connection:
+            request = f"GET /v1/runs/{run_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            connection.sendall(request.encode())
+            web.until(lambda: numbers(url)["sd_progress_viewers"] == 1)
+            for _ in range(100):
+                bench.publish(job, Event("preview", {"b64_json": "x" * 200_000}))
+            web.until(lambda: numbers(url)["sd_progress_viewers"] == 0)
+        bench.publish(job, Event("completed"))
+        bench.close()
 
 
 # Who may ask
@@ -588,11 +620,23 @@ def test_what_happens_is_counted():
 # The end
 
 
+def test_what_is_missing_is_told_with_its_cure(tmp_path):
+    """The extra, by the command and by the module."""
+    code = "import sys; sys.modules['fastapi'] = None; from sd_progress.cli import main; "
+    for more in ("sys.exit(main(['serve']))", "import sd_progress.server"):
+        words = [sys.executable, "-c", code + more]
+        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        expected = 'fastapi must be installed to serve, got none; pip install "sd-progress[server]"'
+        assert result.returncode
+        assert result.stderr.rstrip().endswith(expected)
+
+
 def test_stopping_ends_what_is_open():
     """Streams end, those that wait are told, and no thread is left."""
     before = set(threading.enumerate())
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        with web.service() as (url, hub):
+        with contextlib.ExitStack() as stack:
+            url, hub = stack.enter_context(web.service())
             web.begin(url, steps=LONG)
             waiting = pool.submit(web.post, url, steps=LONG)
             web.until(lambda: web.asyncio.run(hub.load()).waiting == 1)
