@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -29,9 +30,9 @@ examples:
   sd-progress models flux
   sd-progress calibrate --model owner/name --out name.safetensors
   sd-progress serve
+  sd-progress worker --redis redis://127.0.0.1
 
-`sd-progress demo --help` explains every flag, and so do `run --help`, `models --help`,
-`calibrate --help` and `serve --help`.
+`sd-progress demo --help` explains every flag, and so do the other commands' own.
 """
 _MODELS: Final = """\
 Which pipelines of diffusers are shown, of what, and how a preview is attached to them.
@@ -99,12 +100,29 @@ address that is printed, or ask as any client of the OpenAI API does:
 
 Only this machine can ask, unless --host says otherwise; then a token must be sent along.
 docs/server.md tells of events, limits and metrics.
+
+With --redis, the jobs go to workers on any number of machines (`sd-progress worker`), and any
+number of these web servers share them; docs/scaling.md tells how.
 """
 _SERVE_EXAMPLES: Final = """\
 examples:
   sd-progress serve
   sd-progress serve --model owner/name --device cuda --max_pixels 4194304
   SD_PROGRESS_TOKEN=... sd-progress serve --host 0.0.0.0
+  sd-progress serve --redis redis://127.0.0.1
+"""
+_WORKER: Final = """\
+Paint the jobs of a fleet: of all that is asked for at any `sd-progress serve` of the same Redis.
+
+Start one for each GPU, on any machine. A job whose worker dies is begun anew by another. SIGTERM
+and Ctrl-C let a job that is begun come to its end for --grace_s seconds, then give it back to the
+others; a second signal gives it back at once. docs/scaling.md tells more.
+"""
+_WORKER_EXAMPLES: Final = """\
+examples:
+  sd-progress worker --redis redis://127.0.0.1
+  sd-progress worker --redis rediss://user:password@host:6380/0 --model owner/name --device cuda:1
+  SD_PROGRESS_REDIS=redis+sentinel://host,host-2/main sd-progress worker --model ./my-model
 """
 _LAST_PORT: Final = 65535
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
@@ -154,13 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     version = f"sd-progress {metadata.version('sd-progress')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
-        dest="command", metavar="demo | run | models | calibrate | serve", title="commands"
+        dest="command", metavar="demo | run | models | calibrate | serve | worker", title="commands"
     )
     _add_demo(commands)
     _add_run(commands)
     _add_models(commands)
     _add_calibrate(commands)
     _add_serve(commands)
+    _add_worker(commands)
     return parser
 
 
@@ -325,8 +344,73 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="a name, beside this machine's own, that requests may be for, as with a proxy before "
         "it; can be given again",
     )
+    _add_redis_arguments(parser, "instead of painting here, have the workers of this Redis do it")
     _add_serve_limits(parser)
     parser.set_defaults(action=_serve)
+
+
+def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="paint the jobs of a fleet, from Redis",
+        description=_WORKER,
+        epilog=_WORKER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_redis_arguments(parser, "where the jobs come from")
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_FOLDER",
+        help="a model id of the Hugging Face Hub, or a folder made by save_pretrained (default: "
+        "the demo model)",
+    )
+    _add_device_arguments(parser)
+    parser.add_argument(
+        "--name",
+        metavar="TEXT",
+        help="no other worker that runs has it (default: of the machine and the process)",
+    )
+    parser.add_argument(
+        *spellings("lease_s"),
+        type=_seconds("lease_s"),
+        default=30.0,
+        metavar="S",
+        help="a worker that gave no sign of life for so many seconds is taken for dead; the same "
+        "for all workers (default: 30)",
+    )
+    parser.add_argument(
+        *spellings("keep_s"),
+        type=_seconds("keep_s"),
+        default=900.0,
+        metavar="S",
+        help="how many seconds a run that is over can be read; most of Redis' memory goes there "
+        "(default: 900)",
+    )
+    parser.add_argument(
+        *spellings("grace_s"),
+        type=_seconds("grace_s"),
+        default=20.0,
+        metavar="S",
+        help="how many seconds a job may go on after SIGTERM (default: 20)",
+    )
+    parser.set_defaults(action=_work)
+
+
+def _add_redis_arguments(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--redis",
+        default=os.environ.get("SD_PROGRESS_REDIS") or None,
+        metavar="URL",
+        help=f"{text}; redis://host:port/0, rediss:// for TLS, redis+cluster:// or "
+        "redis+sentinel://; where there is a password in it, better set SD_PROGRESS_REDIS",
+    )
+    parser.add_argument(
+        "--prefix",
+        default="sd-progress",
+        metavar="TEXT",
+        help="of all keys in Redis, for more than one fleet (default: %(default)s)",
+    )
 
 
 def _add_serve_limits(parser: argparse.ArgumentParser) -> None:
@@ -427,6 +511,19 @@ def _add_device_arguments(group: argparse._ActionsContainer) -> None:
         default="auto",
         help="number format of the model (default: auto, what suits the device)",
     )
+
+
+def _seconds(name: str) -> Callable[[str], float]:
+    """An argparse type: a time."""
+
+    def parsed(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < float("inf"):
+                return float(text)
+        expected = f"--{name} must be a number of seconds above 0"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}; for example 30")
+
+    return parsed
 
 
 def _kernel_size(text: str) -> int:
@@ -537,6 +634,9 @@ def _serve(args: argparse.Namespace) -> None:
     from .local import Limits
     from .serve_command import Task, serve
 
+    if args.redis is not None and args.model is not None:
+        expected = "--model must be left out with --redis"
+        raise UsageError(f"{expected}, got {args.model!r}; give it to the workers")
     if args.port > _LAST_PORT:
         raise UsageError(f"--port must be at most {_LAST_PORT}, got {args.port}; 8765 is usual")
     settings = Settings(
@@ -559,8 +659,35 @@ def _serve(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         limits=Limits(max_waiting=args.max_waiting, max_per_client=args.max_per_client),
         settings=settings,
+        redis=args.redis,
+        prefix=args.prefix,
     )
-    serve(task)
+    try:
+        serve(task)
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
+
+
+def _work(args: argparse.Namespace) -> None:
+    if args.redis is None:
+        expected = "--redis must be the URL of a Redis server"
+        raise UsageError(f"{expected}, got none; for example redis://127.0.0.1")
+    try:
+        from .worker_command import Task, work
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
+    task = Task(
+        redis=args.redis,
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        name=args.name,
+        prefix=args.prefix,
+        lease_s=args.lease_s,
+        keep_s=args.keep_s,
+        grace_s=args.grace_s,
+    )
+    work(task)
 
 
 def _print_models(args: argparse.Namespace) -> None:

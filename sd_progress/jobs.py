@@ -84,8 +84,15 @@ class UnknownRunError(LookupError):
     """There is no run of this id, or it is over and forgotten."""
 
 
+class HubAwayError(ConnectionError):
+    """What is between those who ask and those who paint cannot be reached; it may come back."""
+
+
 class Hub(Protocol):
-    """The web side: jobs go in, events come out. Coroutines of one event loop."""
+    """The web side: jobs go in, events come out. Coroutines of one event loop.
+
+    Where the two sides are apart, everything may raise `HubAwayError`.
+    """
 
     async def submit(self, job: Job) -> None:
         """Have it painted.

@@ -1,4 +1,7 @@
-"""Owns `sd-progress serve`: a hub, a painter in a thread of its own, and a web server, together."""
+"""Owns `sd-progress serve`: a hub, a painter in a thread of its own, and a web server, together.
+
+With a hub in Redis there is no painter here, and nothing that it needs is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,8 +21,10 @@ from .arguments import UsageError
 from .guard import is_loopback
 from .jobs import Bench, Hub
 from .local import Limits, LocalHub
-from .painter import Painter, load_painter
 from .server import Service, Settings, create_app
+
+if TYPE_CHECKING:
+    from .painter import Painter
 
 __all__ = ["Task", "serve"]
 
@@ -36,8 +41,10 @@ class Task:
         model: None is the demo model.
         host, port: where to listen; port 0 is any that is free.
         device, dtype: as for `generate.load_pipeline`.
-        limits: of the local hub.
+        limits: of the hub; in Redis, those on what waits.
         settings: of the service.
+        redis: where the jobs go; None paints them here.
+        prefix: of the fleet's keys in Redis.
     """
 
     model: str | None
@@ -47,6 +54,8 @@ class Task:
     dtype: str
     limits: Limits
     settings: Settings
+    redis: str | None = None
+    prefix: str = "sd-progress"
 
 
 def serve(task: Task) -> None:
@@ -56,7 +65,8 @@ def serve(task: Task) -> None:
         UsageError: the model, the address or the token will not do.
     """
     check_token(task.host, task.settings.token)
-    with listening(task.host, task.port) as listener, local_painter(task) as hub:
+    painted = local_painter(task) if task.redis is None else fleet(task.redis, task)
+    with listening(task.host, task.port) as listener, painted as hub:
         run(create_app(hub, task.settings), listener, task.host)
 
 
@@ -100,10 +110,32 @@ def local_painter(task: Task) -> Iterator[Hub]:
     Raises:
         UsageError: there is no such model or device.
     """
+    from .painter import load_painter
+
     painter = load_painter(task.model, device=task.device, dtype=task.dtype)
     hub = LocalHub(task.limits)
     with painting(painter, hub.bench()):
         yield hub
+
+
+@contextlib.contextmanager
+def fleet(url: str, task: Task) -> Iterator[Hub]:
+    """A hub whose jobs are painted by workers anywhere.
+
+    Raises:
+        UsageError: the URL is none of Redis.
+    """
+    from .fleet import RedisHub
+
+    try:
+        yield RedisHub(
+            url,
+            prefix=task.prefix,
+            max_waiting=task.limits.max_waiting,
+            max_per_client=task.limits.max_per_client,
+        )
+    except ValueError as error:
+        raise UsageError(f"--redis: {error}") from error
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from .images_api import (
     job_of,
     refusal_of,
 )
-from .jobs import BEGINNING, Event, Hub, Job, Load, QueueFullError, UnknownRunError
+from .jobs import BEGINNING, Event, Hub, HubAwayError, Job, Load, QueueFullError, UnknownRunError
 from .local import position_of
 
 __all__ = ["Settings", "create_app"]
@@ -55,6 +55,7 @@ _PEEK_S: Final = 0.5  # how long a viewer's answer may wait for what it will be
 _PING_S: Final = 15
 _RETRY_AFTER_S: Final = 2
 _KEPT_TEXTS: Final = 64  # encoded events: many viewers of a run want the same at the same time
+_LOST: Final = (HubAwayError, UnknownRunError)  # in the middle of a run
 _log = logging.getLogger(__name__)
 
 
@@ -118,6 +119,7 @@ def create_app(hub: Hub, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(HubAwayError, _refused)
     _add_runs(app, service)
     _add_rest(app, service)
     return app
@@ -263,11 +265,12 @@ class Service:
         partial, is_over = PartialImages(job, count), False
         with self._viewer():
             try:
-                async with _closing(self._hub.events(job.id)) as events:
-                    async for event in events:
-                        is_over = event.is_last
-                        for name, data in partial.of(event):
-                            yield self._sent(_text(name, data, event.id))
+                with contextlib.suppress(*_LOST):
+                    async with _closing(self._hub.events(job.id)) as events:
+                        async for event in events:
+                            is_over = event.is_last
+                            for name, data in partial.of(event):
+                                yield self._sent(_text(name, data, event.id))
                 if not is_over:
                     yield self._sent(_text("error", _stopping().body(), ""))
             finally:
@@ -315,7 +318,7 @@ class Service:
         )
 
     async def _viewed(self, run_id: str, events: _Peeked) -> AsyncGenerator[bytes, None]:
-        with self._viewer():
+        with self._viewer(), contextlib.suppress(*_LOST):  # who comes again is told
             async with _closing(events.all()) as rest:
                 async for event in rest:
                     yield self._sent(self._texts.of(run_id, event))
@@ -361,10 +364,11 @@ class Service:
     # Within -------------------------------------------------------------------------------
 
     async def _last_of(self, job: Job) -> Event:
-        async with _closing(self._hub.events(job.id)) as events:
-            async for event in events:
-                if event.is_last:
-                    return event
+        with contextlib.suppress(UnknownRunError):  # it is lost
+            async with _closing(self._hub.events(job.id)) as events:
+                async for event in events:
+                    if event.is_last:
+                        return event
         raise _stopping()
 
     def _abandon(self, job: Job) -> None:
@@ -475,6 +479,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     """Whatever went wrong with a request, in the one shape of errors."""
     if isinstance(error, Refusal):
         return error.response()
+    if isinstance(error, HubAwayError):
+        return Refusal(503, str(error), headers={"retry-after": str(_RETRY_AFTER_S)}).response()
     if isinstance(error, RequestValidationError):
         return _invalid(error).response()
     if isinstance(error, HTTPException):

@@ -86,16 +86,23 @@ def writer_for(target: Target) -> Writer:
     or has one that is no file type: `runs/v1.5` and `runs.2` are folders, because file types
     begin with a letter.
 
+    A URL like `redis://host/0?key=run:42` (`rediss://`, `unix://`) is a Redis Stream, which keeps
+    the newest frames; `sd_progress.fleet.RedisWriter` has options.
+
     Args:
-        target: a path; a queue (`queue.Queue`, `asyncio.Queue`, `multiprocessing.Queue` or
+        target: a path; a URL; a queue (`queue.Queue`, `asyncio.Queue`, `multiprocessing.Queue` or
             anything with `put_nowait`); a function of one `Frame`; or a `Writer`, which may also
             be callable.
 
     Raises:
         ValueError: a path with another suffix, or an asyncio queue outside its event loop.
         TypeError: `target` is none of these.
-        ModuleNotFoundError: `.mp4` without the `mp4` extra.
+        ModuleNotFoundError: `.mp4` without the `mp4` extra, or a URL without the `redis` extra.
     """
+    if isinstance(target, str) and target.startswith(_REDIS_URLS):
+        from .redis_writer import writer_at
+
+        return writer_at(target)
     if isinstance(target, (str, os.PathLike)):
         return _writer_for_path(os.fspath(target))
     if isinstance(target, (type, io.IOBase)):
@@ -488,6 +495,7 @@ def _writer_for_path(path: str) -> Writer:
     return AnimationWriter(path)
 
 
+_REDIS_URLS = ("redis://", "rediss://", "redis+", "rediss+", "unix://")
 _SEPARATORS = tuple(filter(None, ("/", os.sep, os.altsep)))
 
 

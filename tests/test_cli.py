@@ -214,7 +214,8 @@ def test_ctrl_c_leaves_what_was_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [*(f"{name} --help" for name in ("", "demo", "run", "models", "calibrate")), ""]
+    "words",
+    [*(f"{name} --help" for name in ("", "demo", "run", "models", "calibrate", "worker")), ""],
 )
 def test_help_is_quick(words, tmp_path):
     """It loads neither torch nor diffusers, and shows what can be typed."""
