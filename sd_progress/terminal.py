@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import importlib.util
 import io
+import logging
 import math
 import os
 import sys
@@ -55,7 +56,7 @@ class TerminalWriter:
     """Shows the newest frame in the terminal, in place; the last one of a run stays.
 
     It draws on the standard output, and only where that is a terminal: into a file or a pipe, or a
-    notebook, it writes nothing. Terminals of less than 9 rows or 12 columns have the line of
+    notebook, it writes nothing. Terminals of less than 8 rows or 12 columns have the line of
     progress only.
 
     Where it is made, the terminal is asked what it can draw, once; keys that are typed in that
@@ -304,7 +305,7 @@ def _is_unicode(encoding: str) -> bool:
 def _drawing(protocol: Literal["auto"] | Protocol) -> Draw:
     """What draws in this terminal; asks it, where it can be asked."""
     can_ask = _can_ask()
-    with contextlib.nullcontext() if can_ask else _out_of_sight():
+    with _quietly(), contextlib.nullcontext() if can_ask else _out_of_sight():
         from textual_image import renderable as library
 
         # asks for the size of a character, too: in mid-run it might take a user's key for it
@@ -342,6 +343,18 @@ def _can_ask() -> bool:
         return not hasattr(os, "tcgetpgrp") or os.tcgetpgrp(stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):
         return False
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's warnings that the terminal does not answer."""
+    logger = logging.getLogger("textual_image")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
