@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast, get_args
 
 from PIL import Image
 
+from ._words import progress_words
 from .frame import Frame
 
 if TYPE_CHECKING:
@@ -256,26 +257,15 @@ def _rendered(picture: RenderableType, columns: int, rows: int) -> _Drawing:
 
 
 def _line(frame: Frame, columns: int) -> str:
-    """How far the run is, in one row: step, bar, percent, time and source, as far as they fit."""
-    step = f"step {max(0, frame.step_index + 1):{len(str(frame.num_steps))}}/{frame.num_steps}"
-    percent = f"{frame.progress:4.0%}"
-    time_s = _clock_time(frame.elapsed_s)
-    if frame.eta_s:
-        time_s += f"<{_clock_time(frame.eta_s)}"
-    parts = [step, percent, time_s, frame.source, frame.decoder]
-    while len(parts) > 1 and len("  ".join(parts)) > columns:
-        parts.pop()
-    room = min(30, columns - len("  ".join(parts)) - 2)
+    """How far the run is, in one row, with a bar; what does not fit is left out from the end."""
+    words = progress_words(frame)
+    while len(words) > 1 and len("  ".join(words)) > columns:
+        words.pop()
+    room = min(30, columns - len("  ".join(words)) - 2)
     if room >= 5:
         done = round(frame.progress * room)
-        parts.insert(1, "\u2501" * done + "\u2500" * (room - done))
-    return "  ".join(parts)[:columns]
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, whole = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+        words.insert(1, "\u2501" * done + "\u2500" * (room - done))
+    return "  ".join(words)[:columns]
 
 
 def _at(row: int) -> str:
@@ -360,8 +350,8 @@ def _quietly() -> Iterator[None]:
 @contextlib.contextmanager
 def _out_of_sight() -> Iterator[None]:
     """Without a terminal in sight, for a library that otherwise asks it when it is imported."""
-    stdout, sys.__stdout__ = sys.__stdout__, io.StringIO()  # type: ignore[assignment]
+    stdout, sys.__stdout__ = sys.__stdout__, io.StringIO()  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        sys.__stdout__ = stdout
+        sys.__stdout__ = stdout  # type: ignore[misc]
