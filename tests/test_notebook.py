@@ -131,6 +131,34 @@ def test_an_asynchronous_stream_shows_itself(executed):
     assert kinds["stream"].text == "final\n"
 
 
+# The example
+
+
+def test_the_example_runs_and_shows_its_pictures(tmp_path):
+    """From nothing, with the demo model; each run has one output that ends as a picture."""
+    notebook = nbformat.read(EXAMPLE, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    runs = [
+        cell for cell in notebook.cells if '"notebook"' in cell.source or "watch(" in cell.source
+    ]
+    pictures = [
+        sum("<img" in output.get("data", {}).get("text/html", "") for output in cell.outputs)
+        for cell in runs
+        if cell.cell_type == "code"
+    ]
+    assert pictures == [1, 1, 1, 1]
+
+
+def test_the_example_is_kept_without_outputs():
+    """They would be in the way of every change."""
+    cells = [
+        cell for cell in nbformat.read(EXAMPLE, as_version=4).cells if cell.cell_type == "code"
+    ]
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+
+
 # The stop button: a kernel, and a page that clicks
 
 

@@ -82,6 +82,8 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         os.close(self._fd)
 
     def resize(self, rows, columns):
