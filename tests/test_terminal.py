@@ -412,6 +412,21 @@ def test_a_pipeline_with_its_own_progress_bar():
     assert display[rows[-1] + 2 :][:1] == ["done"]
 
 
+def test_the_command_shows_its_run(tmp_path):
+    """Unless it is told not to; its own line of progress is the only one."""
+    script = f"""
+        from sd_progress.cli import main
+        words = ["demo", "--steps", "3", "--out", {str(tmp_path)!r}]
+        main(words)
+        main([*words, "--no-preview_terminal"])
+    """
+    with Terminal(script, rows=40, columns=100) as terminal:
+        display = terminal.to_the_end()
+    assert len(terminal.picture) == 24
+    assert terminal.bytes.count(b"step 3/3") >= 1
+    assert len([row for row in display if "3/3 [" in row]) == 1  # tqdm's, of the second run
+
+
 def test_ctrl_c_leaves_the_terminal_in_order():
     """With the last preview, and able to scroll."""
     with Terminal(pipeline(steps=50, pause=0.3), rows=24, columns=80) as terminal:
