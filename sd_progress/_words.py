@@ -8,9 +8,14 @@ from .frame import Frame
 
 
 def progress_words(frame: Frame) -> list[str]:
-    """Step, percent, time and time to go, source and decoder; the more important, the earlier."""
+    """Step, percent, time and time to go, source and decoder; the more important, the earlier.
+
+    A finished picture tells no step: that of a run that was stopped early is none of the last.
+    """
     digits = len(str(frame.num_steps))
     time_s = clock_time(frame.elapsed_s)
+    if frame.source == "final":
+        return [f"finished in {time_s}", frame.decoder]
     if frame.eta_s:
         time_s += f"<{clock_time(frame.eta_s)}"
     return [

@@ -257,12 +257,15 @@ def _rendered(picture: RenderableType, columns: int, rows: int) -> _Drawing:
 
 
 def _line(frame: Frame, columns: int) -> str:
-    """How far the run is, in one row, with a bar; what does not fit is left out from the end."""
+    """How far the run is, in one row, with a bar; what does not fit is left out from the end.
+
+    A finished picture has no bar.
+    """
     words = progress_words(frame)
     while len(words) > 1 and len("  ".join(words)) > columns:
         words.pop()
     room = min(30, columns - len("  ".join(words)) - 2)
-    if room >= 5:
+    if room >= 5 and frame.source != "final":
         done = round(frame.progress * room)
         words.insert(1, "\u2501" * done + "\u2500" * (room - done))
     return "  ".join(words)[:columns]
