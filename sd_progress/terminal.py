@@ -148,7 +148,7 @@ class _View:
 
     def show(self, frame: Frame, max_rows: int) -> None:
         """Draw the frame in these rows, which are taken if they are not yet."""
-        size = os.get_terminal_size(self._fd)
+        size = _size(self._fd)
         if size.lines < 3 or size.columns < _MIN_COLUMNS:
             return
         made = self._drawn(frame, size, max_rows)
@@ -162,7 +162,7 @@ class _View:
 
     def leave(self, frame: Frame, max_rows: int) -> None:
         """Give the rows back, and print the frame where the cursor is."""
-        size = os.get_terminal_size(self._fd)
+        size = _size(self._fd)
         made = self._drawn(frame, size, max_rows)
         given_back = self._give_back(size)
         # Behind a text that was not ended these spaces reach into the next row; else they do not.
@@ -173,7 +173,7 @@ class _View:
     def restore(self) -> None:
         """Give the rows back, when the program ends without having closed the view."""
         with contextlib.suppress(OSError):
-            self._write(self._give_back(os.get_terminal_size(self._fd)))
+            self._write(self._give_back(_size(self._fd)))
 
     def _drawn(self, frame: Frame, size: os.terminal_size, max_rows: int) -> _Drawing:
         rows = min(max_rows, size.lines - 1 - max(3, size.lines // 3))
@@ -291,6 +291,12 @@ def _drawable() -> int | None:
         return None
 
 
+def _size(fd: int) -> os.terminal_size:
+    """Of a terminal; of one that does not know, what is usual."""
+    size = os.get_terminal_size(fd)
+    return size if all(size) else os.terminal_size((80, 24))
+
+
 def _is_unicode(encoding: str) -> bool:
     return encoding.lower().startswith("utf")
 
@@ -328,10 +334,13 @@ def _has_all_colours() -> bool:
 
 
 def _can_ask() -> bool:
-    """Whether an answer would come here: not from a pipe, nor in the background."""
+    """Whether an answer would come here: not from a pipe, nor in the background.
+
+    The library divides by the size, so it must be known.
+    """
     stdin = sys.__stdin__
     try:
-        if stdin is None or not stdin.isatty():
+        if stdin is None or not stdin.isatty() or not all(os.get_terminal_size(stdin.fileno())):
             return False
         return not hasattr(os, "tcgetpgrp") or os.tcgetpgrp(stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):

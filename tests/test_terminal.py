@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyte
 import pytest
-from PIL import Image
+from PIL import Image, ImageGrab
 
 from sd_progress import PngFolderWriter, writer_for
 from sd_progress.terminal import TerminalWriter
@@ -47,18 +47,21 @@ class Terminal:
     """A terminal of so many rows and columns, in which a script runs.
 
     Args:
+        told: what the script is told of them, where that is something else.
         answers: whether it answers when it is asked what it can.
         stdin: other than the terminal.
     """
 
-    def __init__(self, script, *, rows=30, columns=60, answers=True, stdin=None, begin="", env=()):
+    def __init__(
+        self, script, *, rows=30, columns=60, told=None, answers=True, stdin=None, begin="", env=()
+    ):
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         self.bytes = b""
         self._fd, theirs = pty.openpty()
         if answers:
             self.screen.write_process_input = lambda text: os.write(self._fd, text.encode())
-        self._set_size(rows, columns)
+        self._set_size(*(told or (rows, columns)))
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("TMUX", "XTERM_VERSION")},
             **{"TERM": "xterm-256color", "COLORTERM": "truecolor", "HF_HUB_OFFLINE": "1"},
@@ -305,6 +308,13 @@ def test_in_the_background_nobody_is_asked():
     assert len(terminal.picture) == 19
 
 
+def test_a_terminal_that_does_not_know_its_size():
+    """Is taken for one of 80 columns and 24 rows, as everywhere."""
+    with running(one_run(), rows=24, columns=80, told=(0, 0)) as terminal:
+        terminal.to_the_end()
+    assert len(terminal.picture) == 15
+
+
 @pytest.mark.parametrize("rows", [3, 6, 7])
 def test_in_a_short_terminal_there_is_the_line_only(rows):
     """What cannot be recognised is not drawn."""
@@ -470,9 +480,11 @@ def test_wrong_options_raise(options, message):
 @pytest.fixture
 def screen():
     """The name of an X display that nobody sees."""
-    missing = [name for name in ("xterm", "Xvfb", "import") if shutil.which(name) is None]
-    if missing and "xterm" not in os.environ.get("SD_PROGRESS_REQUIRE", "").split(","):
-        pytest.skip(f"needs {', '.join(missing)}: Debian's xterm, xvfb and imagemagick")
+    missing = {name for name in ("xterm", "Xvfb") if shutil.which(name) is None}
+    if missing & set(os.environ.get("SD_PROGRESS_REQUIRE", "").split(",")):
+        pytest.fail(f"{', '.join(missing)} must be installed")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
     words = ["Xvfb", "-displayfd", "1", "-screen", "0", "740x500x24", "-nolisten", "tcp"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
         try:
@@ -489,14 +501,18 @@ def test_in_a_real_terminal_it_looks_like_the_picture(screen, tmp_path):
     with subprocess.Popen(words, cwd=tmp_path, env=env) as process:
         try:
             wait_for(tmp_path / "final.png")
-            time.sleep(0.5)  # as long as xterm may take to paint
-            shot = tmp_path / "shot.png"
-            subprocess.run(["import", "-window", "root", shot], env=env, check=True, timeout=20)
+            made = small(Image.open(tmp_path / "final.png"))
+            end_s = time.monotonic() + 20  # for xterm to paint
+            while np.abs(small(coloured_part(ImageGrab.grab(xdisplay=screen))) - made).mean() > 12:
+                assert time.monotonic() < end_s
+                time.sleep(0.2)
         finally:
             process.terminate()
-    seen = np.asarray(coloured_part(Image.open(shot)).resize((64, 64)), int)
-    made = np.asarray(Image.open(tmp_path / "final.png").resize((64, 64)), int)
-    assert np.abs(seen - made).mean() < 12
+
+
+def small(image):
+    """Comparable."""
+    return np.asarray(image.resize((64, 64)), int)
 
 
 def wait_for(path, seconds=60):
