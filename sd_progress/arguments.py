@@ -23,8 +23,8 @@ class UsageError(ValueError):
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a script the preview flags, in a group of their own in its `--help`.
 
-    They are `--write_intermediates DIR`, `--preview_gif PATH`, `--preview_every N`,
-    `--preview_vae_every N`, `--preview_source`, `--preview_decoder NAME` and
+    They are `--write_intermediates DIR`, `--preview_gif PATH`, `--preview_terminal`,
+    `--preview_every N`, `--preview_vae_every N`, `--preview_source`, `--preview_decoder NAME` and
     `--preview_budget SHARE`; dashes work as well as underscores. `preview_from_args` makes a
     callback of what the user asked for.
 
@@ -46,6 +46,19 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
         type=_animation,
         metavar="PATH",
         help=f"write the steps as one animation, by suffix {_ANIMATIONS}",
+    )
+    group.add_argument(
+        *spellings("preview_terminal"),
+        action="store_true",
+        default=False,
+        help="show the newest step in the terminal, in place (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-preview_terminal",
+        *spellings("no_preview_terminal"),
+        action="store_false",
+        dest="preview_terminal",
+        help="do not",
     )
     group.add_argument(
         *spellings("preview_every"),
@@ -93,10 +106,13 @@ def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallba
         args: from a parser that went through `add_preview_arguments`.
 
     Returns:
-        None when neither `--write_intermediates` nor `--preview_gif` was given, which pipelines
-        understand as no callback.
+        None when none of `--write_intermediates`, `--preview_gif` and `--preview_terminal` was
+        given, which pipelines understand as no callback.
+
+    Raises:
+        ModuleNotFoundError: `--preview_terminal` without the `terminal` extra.
     """
-    if args.write_intermediates is None and args.preview_gif is None:
+    if args.write_intermediates is None and args.preview_gif is None and not args.preview_terminal:
         return None
     from .callback import PreviewCallback
     from .writers import AnimationWriter, PngFolderWriter
@@ -107,6 +123,7 @@ def preview_from_args(pipe: Pipeline, args: argparse.Namespace) -> PreviewCallba
         pipe,
         *pngs,
         *gifs,
+        *(["terminal"] if args.preview_terminal else []),
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,

@@ -496,6 +496,7 @@ def _add_generation_arguments(
     )
     parser.set_defaults(action=_generate, default_out=out)
     add_preview_arguments(parser)
+    parser.set_defaults(preview_terminal="auto")
 
 
 def _add_device_arguments(group: argparse._ActionsContainer) -> None:
@@ -596,6 +597,7 @@ def _generate(args: argparse.Namespace) -> None:
         out=_new_folder(args.default_out) if args.out is None else args.out,
         steps_folder=args.write_intermediates,
         animation=args.preview_gif,
+        terminal=args.preview_terminal,
         every=args.preview_every,
         vae_every=args.preview_vae_every,
         source=args.preview_source,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import diffusers
 import numpy as np
@@ -27,7 +29,7 @@ from .frame import Frame
 from .pixels import finished_images
 from .run import PreviewSource
 from .schedulers import exchanged
-from .writers import AnimationWriter, ContactSheetWriter, PngFolderWriter
+from .writers import AnimationWriter, ContactSheetWriter, PngFolderWriter, Writer, writer_for
 
 CLIP_FRAME_MS: Final = 62  # 16 frames a second, as most video models are trained
 DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,6 +46,7 @@ class Task:
         out: folder for whatever has no place of its own.
         steps_folder: where the PNGs go, if not into `out`.
         animation: the animation's file, if not in `out`.
+        terminal: whether to show the newest frame there; `"auto"` does where that is possible.
     """
 
     model: str
@@ -59,6 +62,7 @@ class Task:
     out: Path
     steps_folder: Path | None
     animation: Path | None
+    terminal: Literal["auto"] | bool
     every: int
     vae_every: int | None
     source: PreviewSource
@@ -76,10 +80,14 @@ def generate(task: Task) -> None:
     pipe = load(task)
     arguments = call_arguments(pipe, task)
     made = Products(task)
+    view = _terminal_view(task)
+    if view:  # its line of progress says the same
+        pipe.set_progress_bar_config(disable=True)
     try:
         preview = PreviewCallback(
             pipe,
             *made.writers,
+            *view,
             every=task.every,
             vae_every=task.vae_every,
             source=task.source,
@@ -290,6 +298,19 @@ def arguments_for(
         # on the CPU, so that a seed is the same picture on every device
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     return arguments
+
+
+def _terminal_view(task: Task) -> list[Writer]:
+    """None or one."""
+    if task.terminal == "auto":
+        is_installed = importlib.util.find_spec("textual_image") is not None
+        is_wanted = is_installed and sys.stdout.isatty()
+    else:
+        is_wanted = task.terminal
+    try:
+        return [writer_for("terminal")] if is_wanted else []
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--preview_terminal: {error}") from error
 
 
 def device_named(name: str) -> torch.device:

@@ -1,5 +1,7 @@
 """Owns where frames go: PNG folders, animations, contact sheets, queues and callables.
 
+Views that need an extra are in modules of their own, and are found here by their names.
+
 A writer is any object with `write(frame)` and `close()`. It is called from one thread, in order.
 `close()` ends a run and completes what is open; a later `write()` begins the next run, in new
 files. `close()` twice, or with nothing written, does nothing. Nothing touches the file system
@@ -9,6 +11,7 @@ before the first `write()`, no file that exists is ever overwritten, and files a
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import inspect
 import io
@@ -79,7 +82,10 @@ Target = str | os.PathLike[str] | Writer | FrameQueue | Callable[[Frame], object
 
 
 def writer_for(target: Target) -> Writer:
-    """The writer for a path, a queue or a function; a writer is returned as it is.
+    """The writer for a path, a view, a queue or a function; a writer is returned as it is.
+
+    `"terminal"` and `"notebook"` are live views. A folder of that name is `"terminal/"`. Any other
+    string is a path, as is every `pathlib.Path`.
 
     A path is an animation where its suffix is one of `.gif`, `.webp`, `.png`, `.apng`, `.mp4`
     (`.png` is an APNG), and a folder where it exists as one, ends in a separator, has no suffix,
@@ -90,19 +96,23 @@ def writer_for(target: Target) -> Writer:
     the newest frames; `sd_progress.fleet.RedisWriter` has options.
 
     Args:
-        target: a path; a URL; a queue (`queue.Queue`, `asyncio.Queue`, `multiprocessing.Queue` or
-            anything with `put_nowait`); a function of one `Frame`; or a `Writer`, which may also
-            be callable.
+        target: a path; a view; a URL; a queue (`queue.Queue`, `asyncio.Queue`,
+            `multiprocessing.Queue` or anything with `put_nowait`); a function of one `Frame`; or
+            a `Writer`, which may also be callable.
 
     Raises:
         ValueError: a path with another suffix, or an asyncio queue outside its event loop.
         TypeError: `target` is none of these.
-        ModuleNotFoundError: `.mp4` without the `mp4` extra, or a URL without the `redis` extra.
+        ModuleNotFoundError: `.mp4`, a view or a URL without its extra.
+        RuntimeError: `"notebook"` outside of one.
     """
     if isinstance(target, str) and target.startswith(_REDIS_URLS):
         from .redis_writer import writer_at
 
         return writer_at(target)
+    if isinstance(target, str) and target in _VIEWS:
+        view = getattr(importlib.import_module(f".{target}", __package__), _VIEWS[target])
+        return cast(Writer, view())
     if isinstance(target, (str, os.PathLike)):
         return _writer_for_path(os.fspath(target))
     if isinstance(target, (type, io.IOBase)):
@@ -485,6 +495,8 @@ class CallableWriter:
 
 
 # Targets and options
+
+_VIEWS = {"terminal": "TerminalWriter", "notebook": "NotebookWriter"}
 
 
 def _writer_for_path(path: str) -> Writer:

@@ -43,6 +43,14 @@ def test_without_a_target_there_is_no_callback():
     assert preview_from_args(tiny.sd(), parsed("--preview_every", 2)) is None
 
 
+def test_the_terminal_can_be_the_only_target():
+    """The last of the flags that turn it on and off counts."""
+    on, off = "--preview-terminal", "--no-preview_terminal"
+    writers = preview_from_args(tiny.sd(), parsed(off, on)).writers
+    assert [type(writer).__name__ for writer in writers] == ["TerminalWriter"]
+    assert preview_from_args(tiny.sd(), parsed(on, off)) is None
+
+
 def test_without_a_target_nothing_heavy_is_imported(tmp_path):
     """A script that asks for no preview does not pay for torch."""
     code = (

@@ -9,16 +9,19 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 MAKES = {
+    "early_stop.py": {"sea.png"},
     "live_queue.py": {"live.png"},
     "make_gif.py": {"denoise.gif"},
     "own_writer.py": set(),
     "save_pngs.py": {"house.png", "steps/step_001.png", "steps/step_002.png"},
+    "stream.py": {"desert.png"},
 }
+ELSEWHERE = {"gradio_app.py"}  # a server; tests/test_gradio.py runs it
 
 
 def test_every_example_is_known():
     """A new one must be listed with what it makes."""
-    assert {path.name for path in FOLDER.glob("*.py")} == set(MAKES)
+    assert {path.name for path in FOLDER.glob("*.py")} == {*MAKES, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", MAKES)
@@ -37,7 +40,7 @@ def test_an_example_runs_from_nothing(name, tmp_path):
     assert made == MAKES[name]
 
 
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("name", [*MAKES, *ELSEWHERE])
 def test_an_example_is_one_idea(name):
     """At most forty lines, introduced by a sentence."""
     text = (FOLDER / name).read_text(encoding="utf-8")
