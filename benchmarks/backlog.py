@@ -110,8 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         behind = loop(pipe, args.steps, args.step_ms / 1e3, newest)
         loop_s = time.perf_counter() - began_s
         at_end_mib = resident_mib("VmHWM") - before_mib
-        while newest.get().step_index < args.steps - 1:
-            pass
+        while not newest.queue or newest.queue[0].step_index < args.steps - 1:
+            time.sleep(0.01)
+            if preview.stats.left_out:  # the last one may be among them
+                break
     stats = preview.stats
     peak_mib, limit_mib = resident_mib("VmHWM") - before_mib, MAX_WAITING_BYTES / MIB
     latents_mib = 4 * torch.Size(SHAPE).numel() / MIB

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -991,7 +992,12 @@ def _as_pictures(latents: Tensor, frames: int | None) -> tuple[Tensor, int | Non
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return all(_is_finite(tensor) for tensor in tensors)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum tells it a dozen times sooner, where it is finite itself."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _pictured(noisy: Tensor | None, x0: Tensor | None, scale: float) -> list[Tensor]:
