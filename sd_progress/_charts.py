@@ -62,8 +62,9 @@ class Chart:
         self._write((self._box[0] - 4) * _FINE, self._place(0, y)[1], label, "rm")
 
     def under(self, x: float, label: str) -> None:
-        """A word below the chart."""
-        self._write(self._place(x, 0)[0], (self._box[3] + 4) * _FINE, label, "mt")
+        """A word below the chart; at its right end, it ends there."""
+        anchor = "rt" if x >= 1 else "mt"
+        self._write(self._place(x, 0)[0], (self._box[3] + 4) * _FINE, label, anchor)
 
     def image(self) -> Image.Image:
         """What was drawn."""
@@ -120,7 +121,7 @@ def ranking(counts: NDArray[np.int64], width: int = 480, height: int = 220) -> I
     chart = Chart(width, height, left=52)
     top = max(1, int(ranked[0]))
     for share in (0.5, 1.0):
-        chart.level(share, f"{top * share:g}")
+        chart.level(round(top * share) / top, f"{round(top * share)}")
     for number, count in enumerate(ranked):
         if count:
             chart.bar(number / len(ranked), (number + 1) / len(ranked), int(count) / top)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -111,6 +111,20 @@ class Task:
                 "note", f"{wanted} rounded down to {width}x{height}, multiples of {lab.space.ratio}"
             )
         return picture
+
+    def latents(self, lab: Lab, path: Path) -> Tensor:
+        """Of a file's picture.
+
+        Raises:
+            UsageError: they are not finite, or what `picture` raises.
+        """
+        latents = lab.encode(self.picture(lab, path))
+        if not latents.isfinite().all():
+            raise UsageError(
+                f"--model must encode to finite latents, got NaN or infinity from {self.model!r}; "
+                "`sd-progress vae roundtrip` says what is wrong with it"
+            )
+        return latents
 
     def _size(self, image: Image.Image) -> tuple[int, int] | None:
         width, height = self.size
@@ -293,7 +307,7 @@ def show_channels(task: Task, image: Path) -> None:
     """Each channel in grey, with its histogram."""
     lab = task.lab()
     _introduce(lab, task.model)
-    latents = lab.encode(task.picture(lab, image))
+    latents = task.latents(lab, image)
     _tell_latents(lab, latents)
     values = lab.to_sampler(latents)[0]
     planes = values if values.ndim == 3 else values[:, 0]
@@ -342,7 +356,7 @@ def show_components(task: Task, images: Sequence[Path], count: int, frames: int)
     """Explained variance, and what each of the first directions does to the first picture."""
     lab = task.lab()
     _introduce(lab, task.model)
-    latents = [lab.encode(task.picture(lab, image)) for image in images]
+    latents = [task.latents(lab, image) for image in images]
     try:
         found = principal_components(latent_pixels(lab, latents))
     except ValueError as error:
@@ -373,7 +387,7 @@ def show_walk(task: Task, image: Path, channel: int, frames: int) -> None:
             f"--channel must be from 0 to {lab.space.channels - 1} for this VAE, got {channel}; "
             "`vae channels` shows all of them"
         )
-    latents = lab.encode(task.picture(lab, image))
+    latents = task.latents(lab, image)
     direction = np.eye(lab.space.channels)[channel]
     name = f"channel-{channel}"
     task.animate(name, _moved(lab, latents, direction, frames))
@@ -401,10 +415,9 @@ def show_interpolation(task: Task, first: Path, last: Path, frames: int) -> None
     """Both ways between two pictures, as animations and side by side; the second is cut to fit."""
     lab = task.lab()
     _introduce(lab, task.model)
-    begin = task.picture(lab, first)
-    height, width = begin.shape[-2:]
-    ends = [begin, Task.picture(_sized(task, width, height), lab, last)]
-    start, end = map(lab.encode, ends)
+    height, width = task.picture(lab, first).shape[-2:]
+    start = task.latents(lab, first)
+    end = replace(task, size=(width, height)).latents(lab, last)
     cells = []
     for way in WAYS:
         pictures = [lab.shown(z) for z in interpolated(lab, start, end, frames, way)]
@@ -412,10 +425,6 @@ def show_interpolation(task: Task, first: Path, last: Path, frames: int) -> None
         chosen = np.linspace(0, frames - 1, min(frames, len(_STEPS))).round().astype(int)
         cells += [_cell(pictures[n], f"{way} {n / (frames - 1):.0%}", 160) for n in chosen]
     task.save("interpolation", _on_white(cells, columns=min(frames, len(_STEPS))))
-
-
-def _sized(task: Task, width: int, height: int) -> Task:
-    return Task(task.model, task.device, task.dtype, task.out, (width, height), task.suffix)
 
 
 # --- sd-progress vae tokens
@@ -429,8 +438,7 @@ def show_tokens(task: Task, image: Path, counts: Sequence[int]) -> None:
     """
     lab = task.lab()
     _introduce(lab, task.model)
-    picture = task.picture(lab, image)
-    latents = lab.encode(picture)
+    picture, latents = task.picture(lab, image), task.latents(lab, image)
     try:
         usage = Usage.of(lab.vae, latents)
     except TypeError as error:

@@ -279,6 +279,18 @@ def test_few_entries():
     assert (one == usage.codebook[usage.counts.argmax()][:, None, None]).all()
 
 
+def test_more_entries_draw_better():
+    """Of a VAE whose entries are colours."""
+    lab = Lab.of(tiny.working_vq())
+    picture = lab.picture(scene())
+    latents = lab.encode(picture)
+    usage = Usage.of(lab.vae, latents)
+    drawn = [lab.decode(usage.with_most_used(latents, count)) for count in (1, 4, 16)]
+    fits = [psnr(one, picture) for one in drawn]
+    assert fits == sorted(fits)
+    assert fits[-1] > fits[0] + 5
+
+
 def test_tokens_of_a_scalar_quantiser():
     """Of VidTok's clips: its grid is the codebook."""
     vae = autoencoder("AutoencoderVidTok:fsq")

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from demo_scenes import draw, random_scene
 
+DOCS = Path(__file__).parents[1] / "docs"
 TOKENS = ("VQModel", "AutoencoderVidTok:fsq")
 
 
@@ -303,6 +304,17 @@ def test_broken_weights(tmp_path, scenes, broken):
     )
 
 
+def test_the_other_commands_send_for_the_round_trip(tmp_path, scenes, broken):
+    """They show nothing of latents that are NaN."""
+    vae = AutoencoderKL.from_pretrained(broken)
+    torch.nn.init.constant_(vae.encoder.conv_in.bias, float("nan"))
+    vae.save_pretrained(broken)
+    words = ("--model", broken, "--out", tmp_path / "out")
+    done = command(tmp_path, "vae", "channels", scenes / "0.png", *words)
+    assert done.code == 2
+    assert "`sd-progress vae roundtrip` says what is wrong with it" in done.err
+
+
 @pytest.fixture
 def latents(scenes, demo):
     """Of a landscape, in the demo model's own space."""
@@ -399,6 +411,25 @@ def test_help_teaches(tmp_path, capsys):
     assert all(re.search(rf"^ +{fault} ", told, re.M) for fault in get_args(Fault))
 
 
+# --- the page about it
+
+
+def test_the_page_shows_what_its_commands_make(tmp_path, scenes, monkeypatch):
+    """Each of them runs, and leaves the pictures that the page shows."""
+    page = (DOCS / "lab.md").read_text(encoding="utf-8")
+    tiny.working_vq().save_pretrained(tmp_path / "vq")
+    for number, name in enumerate(("sea", "dusk")):
+        shutil.copy(scenes / f"{number}.png", tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^sd-progress (vae .*)$", page, re.M)
+    assert [command(tmp_path, *line.split()).code for line in commands] == [0] * 7
+    shown = re.findall(r"\]\((lab/[^)]*)\)", page)
+    assert len(shown) == 12
+    for path in shown:
+        assert pixels(DOCS / path).shape == pixels(tmp_path / path).shape
+    assert sorted(shown) == sorted(f"lab/{name}" for name in names(DOCS / "lab"))
+
+
 # --- every autoencoder
 
 
@@ -406,25 +437,25 @@ def test_help_teaches(tmp_path, capsys):
 class Given(Task):
     """With a VAE that need not be loaded."""
 
-    vae: object = None
+    bench: Lab | None = None
 
     def lab(self):
-        """Of this VAE."""
-        return Lab.of(self.vae)
+        """The same for each command."""
+        return self.bench
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_takes_every_autoencoder(name, tmp_path, scenes):
     """Of images, of clips, of tokens; all that it leaves can be read by others."""
-    vae = autoencoder(name)
-    task = Given(name, "cpu", "fp32", tmp_path, (48, 32), vae=vae)
+    size = (32, 32) if name == "AutoencoderRAE" else (48, 32)  # it draws only squares
+    task = Given(name, "cpu", "fp32", tmp_path, size, bench=Lab.of(autoencoder(name)))
     image, other = scenes / "0.png", scenes / "1.png"
     assert show_round_trip(task, image, None, "vae", None) in (0, 3)
     show_channels(task, image)
     show_factors(task, None)
     show_components(task, [image, other], 1, 2)
     show_interpolation(task, image, other, 2)
-    show_walk(task, image, 0, 2)
+    show_walk(task, image, task.bench.space.channels - 1, 2)
     if name in TOKENS:
         show_tokens(task, image, [2])
     made = {path.name: pixels(path) for path in tmp_path.iterdir()}
@@ -436,6 +467,6 @@ def test_every_command_takes_every_autoencoder(name, tmp_path, scenes):
 
 def test_a_vae_without_an_encoder(tmp_path, scenes):
     """Only what needs none."""
-    task = Given("half", "cpu", "fp32", tmp_path, vae=without_encoder(tiny.vae()))
+    task = Given("half", "cpu", "fp32", tmp_path, bench=Lab.of(without_encoder(tiny.vae())))
     show_factors(task, None)
     assert names(tmp_path) == ["factors.png"]
