@@ -112,19 +112,20 @@ class Task:
             )
         return picture
 
-    def latents(self, lab: Lab, path: Path) -> Tensor:
-        """Of a file's picture.
+    def encoded(self, lab: Lab, path: Path) -> tuple[Tensor, Tensor]:
+        """A file's picture, and its latents.
 
         Raises:
             UsageError: they are not finite, or what `picture` raises.
         """
-        latents = lab.encode(self.picture(lab, path))
+        picture = self.picture(lab, path)
+        latents = lab.encode(picture)
         if not latents.isfinite().all():
             raise UsageError(
                 f"--model must encode to finite latents, got NaN or infinity from {self.model!r}; "
                 "`sd-progress vae roundtrip` says what is wrong with it"
             )
-        return latents
+        return picture, latents
 
     def _size(self, image: Image.Image) -> tuple[int, int] | None:
         width, height = self.size
@@ -307,7 +308,7 @@ def show_channels(task: Task, image: Path) -> None:
     """Each channel in grey, with its histogram."""
     lab = task.lab()
     _introduce(lab, task.model)
-    latents = task.latents(lab, image)
+    _, latents = task.encoded(lab, image)
     _tell_latents(lab, latents)
     values = lab.to_sampler(latents)[0]
     planes = values if values.ndim == 3 else values[:, 0]
@@ -356,7 +357,7 @@ def show_components(task: Task, images: Sequence[Path], count: int, frames: int)
     """Explained variance, and what each of the first directions does to the first picture."""
     lab = task.lab()
     _introduce(lab, task.model)
-    latents = [task.latents(lab, image) for image in images]
+    latents = [task.encoded(lab, image)[1] for image in images]
     try:
         found = principal_components(latent_pixels(lab, latents))
     except ValueError as error:
@@ -387,7 +388,7 @@ def show_walk(task: Task, image: Path, channel: int, frames: int) -> None:
             f"--channel must be from 0 to {lab.space.channels - 1} for this VAE, got {channel}; "
             "`vae channels` shows all of them"
         )
-    latents = task.latents(lab, image)
+    _, latents = task.encoded(lab, image)
     direction = np.eye(lab.space.channels)[channel]
     name = f"channel-{channel}"
     task.animate(name, _moved(lab, latents, direction, frames))
@@ -415,9 +416,9 @@ def show_interpolation(task: Task, first: Path, last: Path, frames: int) -> None
     """Both ways between two pictures, as animations and side by side; the second is cut to fit."""
     lab = task.lab()
     _introduce(lab, task.model)
-    height, width = task.picture(lab, first).shape[-2:]
-    start = task.latents(lab, first)
-    end = replace(task, size=(width, height)).latents(lab, last)
+    picture, start = task.encoded(lab, first)
+    height, width = picture.shape[-2:]
+    _, end = replace(task, size=(width, height)).encoded(lab, last)
     cells = []
     for way in WAYS:
         pictures = [lab.shown(z) for z in interpolated(lab, start, end, frames, way)]
@@ -438,7 +439,7 @@ def show_tokens(task: Task, image: Path, counts: Sequence[int]) -> None:
     """
     lab = task.lab()
     _introduce(lab, task.model)
-    picture, latents = task.picture(lab, image), task.latents(lab, image)
+    picture, latents = task.encoded(lab, image)
     try:
         usage = Usage.of(lab.vae, latents)
     except TypeError as error:

@@ -450,6 +450,7 @@ def test_every_command_takes_every_autoencoder(name, tmp_path, scenes):
     size = (32, 32) if name == "AutoencoderRAE" else (48, 32)  # it draws only squares
     task = Given(name, "cpu", "fp32", tmp_path, size, bench=Lab.of(autoencoder(name)))
     image, other = scenes / "0.png", scenes / "1.png"
+    assert not torch.equal(*(task.encoded(task.bench, path)[1] for path in (image, other)))
     assert show_round_trip(task, image, None, "vae", None) in (0, 3)
     show_channels(task, image)
     show_factors(task, None)
