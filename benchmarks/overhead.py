@@ -61,6 +61,7 @@ Show = Callable[[Tensor, int], None]
 
 NOTHING, AGAIN = "nothing attached", "nothing, once more"
 OURS, THEIRS = "sd-progress", "docs recipe"
+BUDGETED = "sd-progress, budget 0.02"
 OUR_PNGS, THEIR_PNGS = "sd-progress, PNGs", "docs recipe, 512 px"
 TINY = "tiny decoder"
 PROCESSOR = VaeImageProcessor()
@@ -290,11 +291,14 @@ def nothing(model: Model, folder: Path) -> None:
     """No callback at all."""
 
 
-def ours(model: Model, folder: Path, *, on_error: OnError = "warn") -> WatchedPreview:
+def ours(
+    model: Model, folder: Path, *, on_error: OnError = "warn", budget: float | None = None
+) -> WatchedPreview:
     """A folder of PNGs, a GIF and a bounded queue, all settings as they come."""
     newest = queue.Queue[object](1)
     pngs, gif = folder / "steps", folder / "run.gif"
-    return WatchedPreview(model.pipe, pngs, gif, newest, on_error=on_error)
+    options = {"calibrate": "never", "on_error": on_error, "budget": budget}  # random weights
+    return WatchedPreview(model.pipe, pngs, gif, newest, **options)
 
 
 def our_pngs(model: Model, folder: Path) -> WatchedPreview:
@@ -304,7 +308,7 @@ def our_pngs(model: Model, folder: Path) -> WatchedPreview:
     table = np.transpose(weights) / 127.5 * model.pipe.vae.config.scaling_factor
     factors = Factors.from_table(table, np.array(biases) / 127.5 - 1, name=model.table)
     writer = PngFolderWriter(folder, min_side_px=min(model.size), resample="smooth")
-    return WatchedPreview(model.pipe, writer, source="noisy", decoder=factors)
+    return WatchedPreview(model.pipe, writer, source="noisy", decoder=factors, calibrate="never")
 
 
 def docs_recipe(model: Model, folder: Path, *, size: tuple[int, int] | None = None) -> Show:
@@ -372,6 +376,7 @@ WAYS: dict[str, Way] = {
     NOTHING: nothing,
     AGAIN: nothing,
     OURS: ours,
+    BUDGETED: functools.partial(ours, budget=0.02),
     THEIRS: docs_recipe,
     "synchronous previewer": synchronous,
     TINY: tiny_decoder,
