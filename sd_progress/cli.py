@@ -30,6 +30,7 @@ examples:
   sd-progress models flux
   sd-progress calibrate --model owner/name --out name.safetensors
   sd-progress vae roundtrip photo.jpg
+  sd-progress explore
   sd-progress serve
   sd-progress worker --redis redis://127.0.0.1
 
@@ -147,6 +148,22 @@ examples:
 
 Each command's own --help explains it.
 """
+_EXPLORE: Final = """\
+Look into a model's VAE in the browser: latent channels, previews, the decoded picture, numbers; and
+knobs that show what breaks when a factor, a shift, the normalisation or a channel is wrong.
+
+Open the address that is printed, and drop a picture, or take the sample. The page is in English and
+Chinese. Only this machine can ask, unless --host says otherwise; then a token must be given as the
+password. Whoever is let in may load any model of the Hub and of this machine.
+
+Needs Gradio: pip install "sd-progress[app]"
+"""
+_EXPLORE_EXAMPLES: Final = """\
+examples:
+  sd-progress explore
+  sd-progress explore --model owner/name --device cuda
+  sd-progress explore --model owner/name --tiny owner/tiny-decoder-for-it
+"""
 _ROUND_TRIP: Final = """\
 Encode a picture and decode it again: what a VAE cannot keep, no diffusion model can paint.
 
@@ -258,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_calibrate(commands)
     _add_vae(commands)
+    _add_explore(commands)
     _add_serve(commands)
     _add_worker(commands)
     return parser
@@ -531,6 +549,58 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
         default=".gif",
         help="of animations: .png is lossless, .gif has 255 colours (default: %(default)s)",
     )
+
+
+def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "explore",
+        help="look into a model's VAE in the browser, and see what breaks",
+        description=_EXPLORE,
+        epilog=_EXPLORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_FOLDER",
+        help="a model id of the Hugging Face Hub, or a folder made by save_pretrained; of a "
+        "pipeline, or of a VAE alone (default: the demo model)",
+    )
+    _add_device_arguments(parser)
+    parser.add_argument(
+        "--tiny",
+        metavar="ID_OR_FOLDER",
+        help="also show what a distilled decoder draws, of the VAEs that it fits (default: none)",
+    )
+    parser.add_argument(
+        *spellings("max_side"),
+        type=whole_number("max_side", 64, "512 is usual"),
+        default=512,
+        metavar="PX",
+        help="larger pictures are reduced (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; any address but this machine's own needs a token "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=whole_number("port", 1, "7860 is usual"),
+        default=7860,
+        metavar="N",
+        help="where to listen (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("SD_PROGRESS_TOKEN") or None,
+        metavar="TEXT",
+        help="what visitors must give as their password, with any name; others on this machine can "
+        "read it in the list of processes, so better set SD_PROGRESS_TOKEN (default: none)",
+    )
+    parser.set_defaults(action=_explore)
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -884,6 +954,27 @@ def _look_into_vae(args: argparse.Namespace) -> int:
     }
     shows[args.kind]()
     return 0
+
+
+def _explore(args: argparse.Namespace) -> None:
+    from .explore_command import Task, explore
+
+    if args.port > _LAST_PORT:
+        raise UsageError(f"--port must be at most {_LAST_PORT}, got {args.port}; 7860 is usual")
+    task = Task(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        tiny=args.tiny,
+        max_side_px=args.max_side,
+        host=args.host,
+        port=args.port,
+        token=args.token,
+    )
+    try:
+        explore(task)
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
 
 
 def _serve(args: argparse.Namespace) -> None:

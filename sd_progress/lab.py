@@ -247,11 +247,11 @@ def round_trip(lab: Lab, picture: Tensor, generator: torch.Generator | None = No
     decoded = lab.decode(latents)
     decoded_s = time.perf_counter()
     peak = torch.cuda.max_memory_allocated(lab.space.device) if is_cuda else _process_peak()
-    decoded = _at_size_of(picture, decoded)
+    decoded = at_size_of(picture, decoded)
     return RoundTrip(picture, latents, decoded, encoded_s - began_s, decoded_s - encoded_s, peak)
 
 
-def _at_size_of(picture: Tensor, decoded: Tensor) -> Tensor:
+def at_size_of(picture: Tensor, decoded: Tensor) -> Tensor:
     """Some VAEs draw every picture at one size."""
     size = picture.shape[-2:]
     if decoded.shape[-2:] == size:

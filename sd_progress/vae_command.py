@@ -310,6 +310,11 @@ def show_channels(task: Task, image: Path) -> None:
     _introduce(lab, task.model)
     _, latents = task.encoded(lab, image)
     _tell_latents(lab, latents)
+    task.save("channels", channel_sheet(lab, latents))
+
+
+def channel_sheet(lab: Lab, latents: Tensor) -> Image.Image:
+    """Each channel of (1, C, ...) VAE-space latents in grey, above its histogram."""
     values = lab.to_sampler(latents)[0]
     planes = values if values.ndim == 3 else values[:, 0]
     cells = []
@@ -318,7 +323,7 @@ def show_channels(task: Task, image: Path) -> None:
         shown = _large(Image.fromarray(grey))
         counted = _charts.histogram(plane.double().flatten().numpy(), _CELL_PX)
         cells.append(Cell(_charts.stacked([shown, counted]), f"channel {number}"))
-    task.save("channels", _on_white(cells, columns=min(8, int(np.ceil(np.sqrt(len(cells)))))))
+    return _on_white(cells, columns=min(8, int(np.ceil(np.sqrt(len(cells))))))
 
 
 def show_factors(task: Task, file: Path | None) -> None:
@@ -494,6 +499,7 @@ def _on_white(cells: Sequence[Cell], columns: int) -> Image.Image:
 __all__ = [
     "BROKEN",
     "Task",
+    "channel_sheet",
     "show_channels",
     "show_components",
     "show_factors",
