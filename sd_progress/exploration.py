@@ -125,6 +125,21 @@ class Model:
     colours: Factors
     tiny: TinyDecoder | None = None
 
+    @classmethod
+    def of(cls, name: str, lab: Lab, tiny: TinyDecoder | None = None) -> Model:
+        """With the best map that is known or can be fitted now.
+
+        Raises:
+            UnusableError: the VAE cannot encode.
+        """
+        if not lab.space.can_encode:
+            raise UnusableError("no-encoder", f"{type(lab.vae).__name__} only decodes")
+        try:
+            bound = None if tiny is None else tiny.for_vae(lab.vae)
+        except ValueError:  # it was made for other latents
+            bound = None
+        return cls(name, lab, colour_map(lab), bound)
+
 
 class Models:
     """Loads models, and keeps the last few; for one caller at a time.
@@ -172,13 +187,7 @@ class Models:
             raise UnusableError("no-model", "the name is empty")
         where = str(demo_model_path()) if name == DEMO else name
         lab = Task(where, self._device, self._dtype, Path()).lab()
-        if not lab.space.can_encode:
-            raise UnusableError("no-encoder", f"{type(lab.vae).__name__} only decodes")
-        try:
-            tiny = None if self._tiny is None else self._tiny.for_vae(lab.vae)
-        except ValueError:  # it was made for other latents
-            tiny = None
-        return Model(name, lab, colour_map(lab), tiny)
+        return Model.of(name, lab, self._tiny)
 
 
 # --- what a model makes of a picture

@@ -48,6 +48,9 @@ __all__ = ["CSS", "build"]
 CSS: Final = """
 .sd-alert { color: #a82b2b; background: #fdecea; border-radius: 8px; padding: .7rem .9rem; }
 .sd-wait { padding: .7rem .9rem; opacity: .75; }
+.sd-picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.sd-numbers table { font-size: .85rem; }
+.sd-numbers th, .sd-numbers td { padding: .2rem .5rem !important; word-break: normal; }
 """
 _KEPT_S: Final = 3600  # what a tab has, after it is closed
 _Component = TypeVar("_Component")
@@ -128,7 +131,7 @@ class _Page:
 
     def _lay_out_inputs(self, first: Model) -> None:
         words = WORDS["en"]
-        self._file = self._put("file", gr.File(label=words["file"], height=110))
+        self._file = self._put("file", gr.File(label=words["file"], height=150))
         self._sample = self._put("sample", gr.Button(words["sample"], variant="primary"))
         with gr.Row():
             self._model = self._put("model", gr.Textbox(first.name, label=words["model"], scale=4))
@@ -154,7 +157,7 @@ class _Page:
             self._views += [self._shown("decoded"), self._shown("difference")]
         with gr.Row():
             self._views.append(self._shown("sheet"))
-            self._numbers = gr.Markdown()
+            self._numbers = gr.Markdown(elem_classes="sd-numbers")
 
     def _shown(self, name: str, *, visible: bool = True) -> gr.Image:
         label = WORDS["en"][name]
@@ -162,10 +165,11 @@ class _Page:
             label=label,
             interactive=False,
             format="png",
-            height=280,
+            height=460 if name == "sheet" else 300,
             visible=visible,
             min_width=200,
             elem_id=f"sd-{name}",
+            elem_classes="sd-picture",
             buttons=["download", "fullscreen"],
         )
         return self._put(name, image)
@@ -175,7 +179,8 @@ class _Page:
         asked = [self._tab, self._language, *self._knobs]
         answered = [self._tab, self._told, self._numbers, self._channels, *self._views]
         once = {"concurrency_id": "vae", "concurrency_limit": 1}
-        self._file.upload(self._take_file, [self._file, *asked], answered, **once)
+        taken = self._file.upload(self._take_file, [self._file, *asked], answered, **once)
+        taken.then(lambda: None, None, self._file)  # there is room for the next
         self._sample.click(self._take_sample, asked, answered, **once)
         gr.on(
             [self._load.click, self._model.submit],
