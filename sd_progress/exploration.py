@@ -20,7 +20,7 @@ from .decoders import LinearDecoder
 from .demo import demo_model_path
 from .diagnosis import Finding, diagnosed
 from .factors import Factors
-from .generate import one_line
+from .generate import one_line, quietly
 from .lab import (
     ChannelStatistics,
     Lab,
@@ -158,7 +158,8 @@ class Models:
     ) -> None:
         self._device, self._dtype = device, dtype
         try:
-            self._tiny = None if tiny is None else TinyDecoder(tiny)
+            with quietly(is_quick=False):
+                self._tiny = None if tiny is None else TinyDecoder(tiny)
         except (ValueError, TypeError) as error:
             raise UsageError(f"--{one_line(error)}") from error
         self._kept: OrderedDict[str, Model] = OrderedDict()
@@ -187,7 +188,8 @@ class Models:
             raise UnusableError("no-model", "the name is empty")
         where = str(demo_model_path()) if name == DEMO else name
         lab = Task(where, self._device, self._dtype, Path()).lab()
-        return Model.of(name, lab, self._tiny)
+        with quietly(is_quick=False):
+            return Model.of(name, lab, self._tiny)
 
 
 # --- what a model makes of a picture

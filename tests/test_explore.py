@@ -253,20 +253,20 @@ def test_without_gradio_the_pip_command_is_told(tmp_path, monkeypatch):
 # --- the page
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Of the running explorer."""
+@contextlib.contextmanager
+def running(folder, *words):
+    """The explorer's address, while it runs; it says nothing else, and ends as it should."""
     python = interpreter()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("explorer") / "log"
+    log = folder / "log"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    started = [python, "-m", "sd_progress", "explore", "--port", str(port), "--device", "cpu"]
+    command = [python, "-m", "sd_progress", "explore", "--port", str(port), "--device", "cpu"]
     with (
         log.open("w") as output,
-        subprocess.Popen(started, env=environment, stdout=output, stderr=output) as app,
+        subprocess.Popen([*command, *words], env=environment, stdout=output, stderr=output) as app,
     ):
         try:
             end_s = time.monotonic() + 60
@@ -279,6 +279,15 @@ def address(tmp_path_factory):
             app.terminate()
     assert app.returncode == 0
     assert log.read_text() == f"Exploring at http://127.0.0.1:{port} (Ctrl-C stops)\n\nStopped.\n"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Of an explorer with a tiny decoder."""
+    folder = tmp_path_factory.mktemp("explorer")
+    distilled(4).save_pretrained(folder / "tiny")
+    with running(folder, "--tiny", folder / "tiny") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -311,8 +320,8 @@ def changed(page, source):
     return picture.get_attribute("src")
 
 
-def take(page, address):
-    """What the page shows there, as pixels."""
+def pixels(address):
+    """Of a picture that the page shows."""
     answer = requests.get(address, timeout=web.WAIT_S)
     return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")).astype(float)
 
@@ -333,13 +342,14 @@ def test_a_visit(chromium, address, tmp_path, locale, title, channel, reset, is_
         page.locator("input[type=file]").set_input_files(tmp_path / "sea.png")
         first = changed(page, None)
         expect(page.get_by_text(channel)).to_be_visible()
-        before = take(page, first)
+        expect(page.locator("#sd-tiny img")).to_be_visible()
+        before = pixels(first)
         page.get_by_role("checkbox", name="1", exact=True).check()
         second = changed(page, first)
-        assert np.abs(take(page, second) - before).mean() > 10
+        assert np.abs(pixels(second) - before).mean() > 10
         page.get_by_role("button", name=reset).click()
         third = changed(page, second)
-        assert np.array_equal(take(page, third), before)
+        assert np.array_equal(pixels(third), before)
         page.locator("input[type=file]").set_input_files(tmp_path / "notes.txt")
         expect(page.get_by_role("alert")).to_contain_text(is_wrong, timeout=WAIT_MS)
         assert page.locator("#sd-decoded img").get_attribute("src") == third
@@ -376,3 +386,14 @@ def test_other_names_for_this_machine_are_refused(address):
     """So that no page elsewhere can ask by a name of its own."""
     answer = requests.get(address, headers={"Host": "example.org"}, timeout=web.WAIT_S)
     assert answer.status_code == 400
+
+
+def test_with_a_token_only_who_knows_it_gets_in(tmp_path):
+    """As a password, with any name."""
+    token = "a-secret-of-these-tests"
+    with running(tmp_path, "--token", token) as url, requests.Session() as visitor:
+        assert visitor.get(f"{url}/config", timeout=web.WAIT_S).status_code == 401
+        for password, status in (("wrong", 400), ("wröng", 400), (token, 200)):
+            form = {"username": "anybody", "password": password}
+            assert visitor.post(f"{url}/login", form, timeout=web.WAIT_S).status_code == status
+        assert visitor.get(f"{url}/config", timeout=web.WAIT_S).status_code == 200
