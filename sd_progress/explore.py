@@ -48,7 +48,10 @@ __all__ = ["CSS", "build"]
 CSS: Final = """
 .sd-alert { color: #a82b2b; background: #fdecea; border-radius: 8px; padding: .7rem .9rem; }
 .sd-wait { padding: .7rem .9rem; opacity: .75; }
-.sd-picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.sd-picture img {
+  width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated;
+  padding-top: 2rem; box-sizing: border-box; /* below the label and the buttons */
+}
 .sd-numbers table { font-size: .85rem; }
 .sd-numbers th, .sd-numbers td { padding: .2rem .5rem !important; word-break: normal; }
 """
@@ -165,7 +168,7 @@ class _Page:
             label=label,
             interactive=False,
             format="png",
-            height=460 if name == "sheet" else 300,
+            height=490 if name == "sheet" else 320,
             visible=visible,
             min_width=200,
             elem_id=f"sd-{name}",
