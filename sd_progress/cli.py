@@ -29,6 +29,8 @@ examples:
   sd-progress models
   sd-progress models flux
   sd-progress calibrate --model owner/name --out name.safetensors
+  sd-progress vae roundtrip photo.jpg
+  sd-progress explore
   sd-progress serve
   sd-progress worker --redis redis://127.0.0.1
 
@@ -124,6 +126,97 @@ examples:
   sd-progress worker --redis rediss://user:password@host:6380/0 --model owner/name --device cuda:1
   SD_PROGRESS_REDIS=redis+sentinel://host,host-2/main sd-progress worker --model ./my-model
 """
+_VAE: Final = """\
+Look into a model's VAE: what it keeps of a picture, what its latents mean, what is wrong with it.
+
+A diffusion model paints latents: an eighth of the picture's width and height, and a few channels.
+The VAE encodes pictures as latents and decodes latents as pictures. These commands take the VAE of
+any model of diffusers (of images, of video, of tokens; the demo model where none is named), and
+leave pictures in a folder and numbers on the screen. docs/lab.md shows them all, and what to learn
+from them.
+"""
+_VAE_EXAMPLES: Final = """\
+examples:
+  sd-progress vae roundtrip photo.jpg --model owner/name
+  sd-progress vae roundtrip --latents latents.safetensors --space sampler --model owner/name
+  sd-progress vae channels photo.jpg
+  sd-progress vae factors --model owner/name
+  sd-progress vae pca photos/*.jpg --components 3
+  sd-progress vae interpolate morning.png evening.png --format .webp
+  sd-progress vae walk photo.jpg --channel 2
+  sd-progress vae tokens photo.jpg --model owner/name-with-a-VQModel --keep 8 64
+
+Each command's own --help explains it.
+"""
+_EXPLORE: Final = """\
+Look into a model's VAE in the browser: latent channels, previews, the decoded picture, numbers; and
+knobs that show what breaks when a factor, a shift, the normalisation or a channel is wrong.
+
+Open the address that is printed, and drop a picture, or take the sample. The page is in English and
+Chinese. Only this machine can ask, unless --host says otherwise; then a token must be given as the
+password. Whoever is let in may load any model of the Hub and of this machine.
+
+Needs Gradio: pip install "sd-progress[app]"
+"""
+_EXPLORE_EXAMPLES: Final = """\
+examples:
+  sd-progress explore
+  sd-progress explore --model owner/name --device cuda
+  sd-progress explore --model owner/name --tiny owner/tiny-decoder-for-it
+"""
+_ROUND_TRIP: Final = """\
+Encode a picture and decode it again: what a VAE cannot keep, no diffusion model can paint.
+
+Prints the shape of the latents; each channel's mean and deviation in sampler space, where a
+diffusion model expects N(0, 1); PSNR (30 dB is good, 40 hard to tell apart) and SSIM (1 is
+perfect); the largest error; what was NaN or beyond the range; time and memory. Writes the decoded
+picture, where it differs, and both beside the original.
+
+Ends with exit code 3, and says why, where the VAE is broken:
+
+  nan-weight        a weight is NaN or infinite: the message names it
+  fp16-overflow     fine in float32, NaN in float16: use bfloat16, float32 or force_upcast
+  not-finite        NaN or infinity, in whatever number format
+  swapped-channels  the colours come back in another order
+  untrained         what comes back is no nearer than one flat colour
+  scaling-factor    the latents' deviation in sampler space is far from 1
+  other-latents     latents given by --latents are not this VAE's
+"""
+_CHANNELS: Final = """\
+Show each latent channel in grey, three deviations from black to white, above its histogram.
+
+The red line is N(0, 1), which a diffusion model starts from and is trained to end in.
+"""
+_FACTORS: Final = """\
+Show what each latent channel adds to colour, as swatches from three deviations below its centre to
+three above.
+
+The colours are those of the linear map that is known for the VAE, or of one that is fitted now to
+synthetic pictures; `sd-progress calibrate` fits a better one, for --factors.
+"""
+_PCA: Final = """\
+Find the directions in which latents vary most, and move a picture along them.
+
+The principal components are those of all latent pixels of all pictures, in sampler space. Writes
+how much of the variance the first one, two, three, ... explain; and for each of the first few an
+animation of the first picture, three deviations back and forth.
+"""
+_INTERPOLATE: Final = """\
+Go from one picture's latents to another's, straight and along a sphere, and decode on the way.
+
+Straight between two samples of N(0, 1) the latents become too small, and pictures pale; along a
+sphere they keep their size. The ends are the two pictures as the VAE decodes them.
+"""
+_WALK: Final = """\
+Change one latent channel of a picture, everywhere alike, by three deviations back and forth.
+"""
+_TOKENS: Final = """\
+Show the tokens of a VAE that has a codebook: the map of them, which entries are used and how
+often, and the picture drawn with only the most used ones.
+
+Perplexity is how many entries, were all as frequent, would be as hard to guess. Entries that are
+used in no picture are dead, and wasted; one picture alone does not tell.
+"""
 _LAST_PORT: Final = 65535
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 
@@ -135,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the command's name; None takes the process' own.
 
     Returns:
-        The exit code: 0, 2 where what was asked for cannot be done, 130 after Ctrl-C.
+        The exit code: 0, 2 where what was asked for cannot be done, 3 where a VAE is broken, 130
+        after Ctrl-C.
     """
     parser = _parser()
     try:
@@ -144,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             with _plain_warnings():
-                args.action(args)
+                return args.action(args) or 0
     except UsageError as error:
         print(f"sd-progress: error: {error}", file=sys.stderr)
         return 2
@@ -172,12 +266,16 @@ def _parser() -> argparse.ArgumentParser:
     version = f"sd-progress {metadata.version('sd-progress')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
-        dest="command", metavar="demo | run | models | calibrate | serve | worker", title="commands"
+        dest="command",
+        metavar="demo | run | models | calibrate | vae | serve | worker",
+        title="commands",
     )
     _add_demo(commands)
     _add_run(commands)
     _add_models(commands)
     _add_calibrate(commands)
+    _add_vae(commands)
+    _add_explore(commands)
     _add_serve(commands)
     _add_worker(commands)
     return parser
@@ -297,6 +395,212 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="where before and after are shown (default: beside the map, under its name)",
     )
     parser.set_defaults(action=_calibrate)
+
+
+def _add_vae(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "vae",
+        help="look into a model's VAE: what it keeps, what its latents mean, what is wrong with it",
+        description=_VAE,
+        epilog=_VAE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(action=lambda args: parser.print_help())
+    kinds = parser.add_subparsers(
+        dest="kind",
+        metavar="roundtrip | channels | factors | pca | interpolate | walk | tokens",
+        title="commands",
+    )
+    _add_round_trip(kinds)
+    channels = _vae_command(kinds, "channels", "show each latent channel in grey", _CHANNELS)
+    _add_picture(channels)
+    factors = _vae_command(kinds, "factors", "show what each channel adds to colour", _FACTORS)
+    factors.add_argument(
+        "--factors",
+        type=_file_ending_in("factors", ".safetensors"),
+        metavar="FILE.safetensors",
+        help="a map made by `sd-progress calibrate` (default: what is known, or fitted now)",
+    )
+    _add_components(kinds)
+    between = _vae_command(kinds, "interpolate", "go from one picture to another", _INTERPOLATE)
+    between.add_argument("first", type=Path, metavar="A", help="a picture")
+    between.add_argument("last", type=Path, metavar="B", help="another, which is cut to A's size")
+    _add_frames(between)
+    walk = _vae_command(kinds, "walk", "change one latent channel of a picture", _WALK)
+    _add_picture(walk)
+    walk.add_argument(
+        "--channel",
+        type=whole_number("channel", 0, "`vae channels` shows all of them"),
+        required=True,
+        metavar="N",
+        help="which, from 0",
+    )
+    _add_frames(walk)
+    tokens = _vae_command(kinds, "tokens", "show the tokens of a VAE with a codebook", _TOKENS)
+    _add_picture(tokens)
+    tokens.add_argument(
+        "--keep",
+        type=whole_number("keep", 1, "8, 32 and 128 are usual"),
+        nargs="+",
+        default=[4, 16, 64],
+        metavar="K",
+        help="draw with only the K most used entries (default: 4 16 64)",
+    )
+
+
+def _add_round_trip(kinds: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _vae_command(kinds, "roundtrip", "encode, decode, and say what is wrong", _ROUND_TRIP)
+    _add_picture(parser, nargs="?")
+    parser.add_argument(
+        "--latents",
+        type=Path,
+        metavar="FILE",
+        help="decode these instead: a .safetensors or .pt file that holds one tensor",
+    )
+    parser.add_argument(
+        "--space",
+        choices=("vae", "sampler"),
+        default="vae",
+        help="of --latents: vae for what `vae.decode` is given, sampler for what a pipeline "
+        'returns with output_type="latent" (default: %(default)s)',
+    )
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="draw the latents from the encoder's posterior instead of taking its mean",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number("seed", 0, "try another"),
+        default=0,
+        metavar="N",
+        help="of --sample (default: %(default)s)",
+    )
+
+
+def _add_components(kinds: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _vae_command(kinds, "pca", "find the directions in which latents vary most", _PCA)
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="pictures; the first one is moved"
+    )
+    parser.add_argument(
+        "--components",
+        type=whole_number("components", 1, "3 are usual"),
+        default=3,
+        metavar="K",
+        help="how many directions to move along (default: %(default)s)",
+    )
+    _add_frames(parser)
+
+
+def _vae_command(
+    kinds: argparse._SubParsersAction[_Parser], name: str, summary: str, text: str
+) -> _Parser:
+    parser = kinds.add_parser(
+        name,
+        help=summary,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        default=str(demo_model_path()),
+        metavar="ID_OR_FOLDER",
+        help="a model id of the Hugging Face Hub, or a folder made by save_pretrained; of a "
+        "pipeline, or of a VAE alone (default: the demo model)",
+    )
+    for side in ("width", "height"):
+        parser.add_argument(
+            f"--{side}",
+            type=whole_number(side, 1, "512 is usual"),
+            metavar="PX",
+            help="bring pictures to this size first; rounded down to what the VAE takes "
+            "(default: as they are)",
+        )
+    _add_device_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where pictures go; nothing is overwritten (default: vae-output, with a number added "
+        "if need be)",
+    )
+    parser.set_defaults(action=_look_into_vae)
+    return parser
+
+
+def _add_picture(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("image", type=Path, nargs=nargs, metavar="IMAGE", help="a picture's file")
+
+
+def _add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=whole_number("frames", 2, "13 are usual"),
+        default=13,
+        metavar="N",
+        help="of an animation, one way (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=(".gif", ".webp", ".png"),
+        default=".gif",
+        help="of animations: .png is lossless, .gif has 255 colours (default: %(default)s)",
+    )
+
+
+def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "explore",
+        help="look into a model's VAE in the browser, and see what breaks",
+        description=_EXPLORE,
+        epilog=_EXPLORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_FOLDER",
+        help="a model id of the Hugging Face Hub, or a folder made by save_pretrained; of a "
+        "pipeline, or of a VAE alone (default: the demo model)",
+    )
+    _add_device_arguments(parser)
+    parser.add_argument(
+        "--tiny",
+        metavar="ID_OR_FOLDER",
+        help="also show what a distilled decoder draws, of the VAEs that it fits (default: none)",
+    )
+    parser.add_argument(
+        *spellings("max_side"),
+        type=whole_number("max_side", 64, "512 is usual"),
+        default=512,
+        metavar="PX",
+        help="larger pictures are reduced (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; any address but this machine's own needs a token "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=whole_number("port", 1, "7860 is usual"),
+        default=7860,
+        metavar="N",
+        help="where to listen (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("SD_PROGRESS_TOKEN") or None,
+        metavar="TEXT",
+        help="what visitors must give as their password, with any name; others on this machine can "
+        "read it in the list of processes, so better set SD_PROGRESS_TOKEN (default: none)",
+    )
+    parser.set_defaults(action=_explore)
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -624,6 +928,53 @@ def _calibrate(args: argparse.Namespace) -> None:
         picture=args.picture,
     )
     calibrate_model(task)
+
+
+def _look_into_vae(args: argparse.Namespace) -> int:
+    from . import vae_command as lab
+
+    task = lab.Task(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        out=_new_folder("vae-output") if args.out is None else args.out,
+        size=(args.width, args.height),
+        suffix=getattr(args, "format", ".gif"),
+    )
+    if args.kind == "roundtrip":
+        seed = args.seed if args.sample else None
+        return lab.show_round_trip(task, args.image, args.latents, args.space, seed)
+    shows: dict[str, Callable[[], None]] = {
+        "channels": lambda: lab.show_channels(task, args.image),
+        "factors": lambda: lab.show_factors(task, args.factors),
+        "pca": lambda: lab.show_components(task, args.images, args.components, args.frames),
+        "interpolate": lambda: lab.show_interpolation(task, args.first, args.last, args.frames),
+        "walk": lambda: lab.show_walk(task, args.image, args.channel, args.frames),
+        "tokens": lambda: lab.show_tokens(task, args.image, args.keep),
+    }
+    shows[args.kind]()
+    return 0
+
+
+def _explore(args: argparse.Namespace) -> None:
+    from .explore_command import Task, explore
+
+    if args.port > _LAST_PORT:
+        raise UsageError(f"--port must be at most {_LAST_PORT}, got {args.port}; 7860 is usual")
+    task = Task(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        tiny=args.tiny,
+        max_side_px=args.max_side,
+        host=args.host,
+        port=args.port,
+        token=args.token,
+    )
+    try:
+        explore(task)
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
 
 
 def _serve(args: argparse.Namespace) -> None:

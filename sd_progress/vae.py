@@ -88,7 +88,10 @@ class VaeDecoder:
         with _at_work(self._vae, "decode", _decoder_parts) as (decode, device, dtype):
             placed = latents.to(device, dtype if latents.is_floating_point() else latents.dtype)
             extra = {**_arguments_for(self._vae, placed), **(arguments or {})}
-            (images, *_) = decode(_long_enough(self._vae, placed), **extra, return_dict=False)
+            if "return_dict" in _parameters(getattr(type(self._vae), "decode")):  # noqa: B009
+                extra["return_dict"] = False
+            decoded = decode(_long_enough(self._vae, placed), **extra)
+        images = decoded if isinstance(decoded, Tensor) else decoded[0]
         return cast(Tensor, images.float())
 
 
@@ -114,11 +117,12 @@ class VaeEncoder:
         encoder = cast(nn.Module, self._vae.encoder)
         return any(_is_conv3d(type(module)) for module in encoder.modules())
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The mean of the posterior, as `vae.decode` takes it.
 
         Args:
             images: (B, 3, H, W), or (B, 3, F, H, W) of a video VAE, float in [-1, 1], any device.
+            generator: draws from the posterior instead, where the VAE has one.
 
         Returns:
             (B, C, h, w) or (B, C, f, h, w) float32, where the VAE runs.
@@ -128,11 +132,15 @@ class VaeEncoder:
         """
         with _at_work(self._vae, "encode", _encoder_parts) as (encode, device, dtype):
             encoded = encode(images.to(device, dtype))
+        if isinstance(encoded, tuple) and isinstance(encoded[0], Tensor):  # of VidTok's tokens
+            return encoded[0].float()
         for name in ("latent_dist", "latents", "latent"):
             found = getattr(encoded, name, None)
+            if isinstance(found, Tensor):
+                return found.float()
             if found is not None:
-                latents = found if isinstance(found, Tensor) else found.mode()
-                return cast(Tensor, latents).float()
+                drawn = found.mode() if generator is None else found.sample(generator)
+                return cast(Tensor, drawn).float()
         raise TypeError(
             f"vae.encode must return latent_dist, latents or latent, got "
             f"{type(encoded).__name__}; calibrate needs a diffusers autoencoder"

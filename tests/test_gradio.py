@@ -39,9 +39,8 @@ print(json.dumps({"cancelled": cancelled, "outputs": outputs}))
 """
 
 
-@pytest.fixture(scope="module")
-def python():
-    """The interpreter that has Gradio."""
+def interpreter():
+    """The one that has Gradio; skips where there is none, unless it is required."""
     if importlib.util.find_spec("gradio") is not None:
         return sys.executable
     if not OWN_PYTHON.exists():
@@ -49,6 +48,11 @@ def python():
             pytest.fail("gradio must be installed, here or in .venv-gradio")
         pytest.skip("needs gradio, here or in .venv-gradio, which scripts/test makes")
     return OWN_PYTHON
+
+
+@pytest.fixture(scope="module")
+def python():
+    return interpreter()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from sd_progress import demo_model_path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/live.md")
+PAGES = ("README.md", "docs/lab.md", "docs/live.md")
 FENCE = re.compile(r"^(?P<note><!-- in a notebook -->\n)?```python\n(?P<code>.*?)^```", re.M | re.S)
 
 

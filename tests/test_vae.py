@@ -35,6 +35,17 @@ def test_latents_are_the_mean_of_the_posterior():
     assert torch.equal(VaeEncoder(vae).encode(x), expected)
 
 
+def test_latents_can_be_drawn_from_the_posterior():
+    """As the VAE's own distribution draws them, where there is one."""
+    vae, x = tiny.vae(), noise(2, 3, 8, 12)
+    with torch.no_grad():
+        expected = vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(5))
+    assert torch.equal(VaeEncoder(vae).encode(x, torch.Generator().manual_seed(5)), expected)
+    vae = random_vae("AutoencoderTiny")
+    drawn = VaeEncoder(vae).encode(x, torch.Generator().manual_seed(5))
+    assert torch.equal(drawn, VaeEncoder(vae).encode(x))
+
+
 @pytest.mark.parametrize(
     ("name", "field"),
     [("AutoencoderTiny", "latents"), ("AutoencoderDC", "latent"), ("VQModel", "latents")],

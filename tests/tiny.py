@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    VQModel,
 )
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -38,18 +39,47 @@ def working_vae(**config):
     residual blocks pass on what they get. So do the normalisations: two channels of plus and minus
     a thousand are all that they see, and of the mean that they take away an empty channel tells.
     """
-    mixed = torch.tensor([[1.0, 2, 0, 1], [0, 1, -1, 2], [2, 0, 1, 0], [1, -1, 0, 3]]) / 2
     made = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        **_WORKING,
         norm_num_groups=1,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
         **config,
     ).eval()
+    _wire(made)
+    return made
+
+
+@torch.no_grad()
+def working_vq():
+    """The same with a codebook, of the 216 colours that are five even steps apart."""
+    levels = torch.linspace(-1, 1, 6)
+    colours = torch.cartesian_prod(levels, levels, levels)
+    made = VQModel(
+        **_WORKING,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        num_vq_embeddings=len(colours),
+    ).eval()
+    _wire(made)
+    for conv in (made.quant_conv, made.post_quant_conv):
+        conv.weight[:, :, 0, 0] = torch.eye(4)
+    made.quantize.embedding.weight.copy_(colours @ _MIXED[:, :3].T)
+    return made
+
+
+_MIXED = torch.tensor([[1.0, 2, 0, 1], [0, 1, -1, 2], [2, 0, 1, 0], [1, -1, 0, 3]]) / 2
+_WORKING = {
+    "block_out_channels": (8, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "latent_channels": 4,
+}
+
+
+def _wire(made):
+    """Set the weights of both halves."""
     for name, parameter in made.named_parameters():
         if "norm" not in name:
             parameter.zero_()
@@ -66,10 +96,9 @@ def working_vae(**config):
         made.encoder.conv_in.weight[3, colour, 1, :] = torch.tensor([-1.0, 0, 1])
         made.decoder.conv_out.weight[colour, colour, 1, 1] = 1
         made.decoder.conv_out.weight[colour, 6, 1, 1] = -1
-    made.encoder.conv_out.weight[:4, :4, 1, 1] = mixed
-    made.encoder.conv_out.weight[:4, 6, 1, 1] = -mixed.sum(dim=1)
-    made.decoder.conv_in.weight[:4, :4, 1, 1] = mixed.inverse()
-    return made
+    made.encoder.conv_out.weight[:4, :4, 1, 1] = _MIXED
+    made.encoder.conv_out.weight[:4, 6, 1, 1] = -_MIXED.sum(dim=1)
+    made.decoder.conv_in.weight[:4, :4, 1, 1] = _MIXED.inverse()
 
 
 def unet(in_channels=4, **config):
