@@ -102,6 +102,16 @@ def test_a_weight_that_is_no_number(demo):
     assert "in decoder.conv_out.bias (1); the file is damaged" in found["nan-weight"]
 
 
+def test_a_weight_that_is_too_large_for_float16(demo):
+    """The message says how to tell it from one that is no number."""
+    vae = copy.deepcopy(demo)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight[0, 0, 0, 0] = 1e5
+    found = faults(vae.half(), SMALL)
+    assert list(found) == ["nan-weight"]
+    assert found["nan-weight"].endswith("float32 shows that they are only too large for float16")
+
+
 def overflowing(demo):
     """The same VAE in float32: what one layer makes too large, the normalisation behind undoes."""
     vae = copy.deepcopy(demo)
