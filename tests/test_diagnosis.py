@@ -69,6 +69,13 @@ def test_a_scaling_factor_off_by_two(demo, factor, seed):
     assert told == pytest.approx(0.7545, rel=0.25)
 
 
+def test_grey_pictures_tell_nothing_of_scale(demo):
+    """Where there is no colour, some channels are idle."""
+    vae = copy.deepcopy(demo)
+    vae.register_to_config(scaling_factor=0.7545 / 2)
+    assert not faults(vae, draw(random_scene(3)).convert("L"))
+
+
 def test_wrong_statistics(demo):
     """Of a VAE that states means and deviations."""
     vae = copy.deepcopy(demo)
