@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -77,11 +78,14 @@ def _bad_weights(lab: Lab, trip: RoundTrip) -> list[Finding]:
         return []
     names = ", ".join(f"{name} ({count})" for name, count in itertools.islice(bad.items(), 4))
     more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    halves = any(p.dtype == torch.float16 for p in lab.vae.parameters())
+    cure = ", or float32 shows that they are only too large for float16" if halves else ""
     return [
         Finding(
             "nan-weight",
             f"weights must be finite, got NaN or infinity in {names}{more}; "
-            "the file is damaged, or training diverged: download it again or take an earlier one",
+            "the file is damaged, or training diverged: download it again or take an earlier one"
+            f"{cure}",
         )
     ]
 
@@ -110,28 +114,24 @@ def first_not_finite(lab: Lab, picture: Tensor) -> str:
     return found[0] if found else "encode or decode itself"
 
 
-class _watched:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def _watched(vae: nn.Module, found: list[str]) -> Iterator[None]:
     """While the block runs, names of layers whose output is not finite are appended to `found`."""
 
-    def __init__(self, vae: nn.Module, found: list[str]) -> None:
-        self._vae, self._found = vae, found
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        for name, module in self._vae.named_modules():
-            if name and not any(True for _ in module.children()):
-                self._handles.append(module.register_forward_hook(self._looking(name)))
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _looking(self, name: str) -> Callable[[nn.Module, object, object], None]:
+    def looking(name: str) -> Callable[[nn.Module, object, object], None]:
         def look(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                self._found.append(name)
+                found.append(name)
 
         return look
+
+    layers = [(name, part) for name, part in vae.named_modules() if not [*part.children()]]
+    handles = [part.register_forward_hook(looking(name)) for name, part in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # --- pictures that do not come back

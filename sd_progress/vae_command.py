@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -156,19 +157,14 @@ class Task:
         _say(name, str(file.path))
 
 
-class _writing:  # noqa: N801 - used as a function
-    """While the block runs, a folder that cannot be written to is the user's mistake."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            expected = "--out must be a folder that can be written to"
-            raise UsageError(f"{expected}, got {str(self._out)!r}; {one_line(error)}") from error
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A folder that cannot be written to is the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        expected = "--out must be a folder that can be written to"
+        raise UsageError(f"{expected}, got {str(out)!r}; {one_line(error)}") from error
 
 
 def _say(name: str, text: str) -> None:
@@ -237,9 +233,8 @@ def _tell(lab: Lab, trip: RoundTrip) -> None:
     """One line each for size, statistics, faithfulness and cost."""
     _say("picture", f"{trip.picture.shape[-1]}x{trip.picture.shape[-2]}")
     _tell_latents(lab, trip.latents)
-    numbers = trip.picture.numel() / trip.latents[:, :, :1].numel()
-    if trip.latents.ndim == 4:
-        numbers = trip.picture.numel() / trip.latents.numel()
+    frame = trip.latents if trip.latents.ndim == 4 else trip.latents[:, :, :1]
+    numbers = trip.picture.numel() / frame.numel()
     _say("compressed", f"{numbers:.0f} numbers of the picture to 1 latent")
     _say("PSNR", f"{trip.psnr_db:.2f} dB")
     _say("SSIM", f"{trip.ssim:.4f}")

@@ -69,6 +69,13 @@ def test_a_scaling_factor_off_by_two(demo, factor, seed):
     assert told == pytest.approx(0.7545, rel=0.25)
 
 
+def test_grey_pictures_tell_nothing_of_scale(demo):
+    """Where there is no colour, some channels are idle."""
+    vae = copy.deepcopy(demo)
+    vae.register_to_config(scaling_factor=0.7545 / 2)
+    assert not faults(vae, draw(random_scene(3)).convert("L"))
+
+
 def test_wrong_statistics(demo):
     """Of a VAE that states means and deviations."""
     vae = copy.deepcopy(demo)
@@ -100,6 +107,16 @@ def test_a_weight_that_is_no_number(demo):
     found = faults(vae)
     assert list(found) == ["nan-weight"]
     assert "in decoder.conv_out.bias (1); the file is damaged" in found["nan-weight"]
+
+
+def test_a_weight_that_is_too_large_for_float16(demo):
+    """The message says how to tell it from one that is no number."""
+    vae = copy.deepcopy(demo)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight[0, 0, 0, 0] = 1e5
+    found = faults(vae.half(), SMALL)
+    assert list(found) == ["nan-weight"]
+    assert found["nan-weight"].endswith("float32 shows that they are only too large for float16")
 
 
 def overflowing(demo):
