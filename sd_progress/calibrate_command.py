@@ -112,7 +112,12 @@ def calibrate_model(task: Task) -> None:
 
 
 def load_vae(
-    model: str, dtype: torch.dtype, *, subfolder: str | None = None, revision: str | None = None
+    model: str,
+    dtype: torch.dtype,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> nn.Module:
     """A model's autoencoder, on the CPU.
 
@@ -121,6 +126,7 @@ def load_vae(
         dtype: of its weights.
         subfolder: where in the model it is; None looks for it.
         revision: of a Hub id; None takes the newest.
+        token: of the Hub; None takes the one that this machine is logged in with.
 
     Raises:
         UsageError: there is no such model, or it has no autoencoder.
@@ -128,7 +134,8 @@ def load_vae(
     is_folder = is_model_folder(model, "model_index.json", "config.json")
     try:
         with quietly(is_quick=is_folder):
-            place = {"subfolder": subfolder or _subfolder(model, revision), "revision": revision}
+            hub = {"revision": revision, "token": token}
+            place = {"subfolder": subfolder or _subfolder(model, hub), **hub}
             config = AutoencoderKL.load_config(model, **place)  # of any class
             kind = config.get("_class_name", config.get("model_type"))
             if not hasattr(getattr(diffusers, str(kind), None), "decode"):
@@ -145,10 +152,10 @@ def load_vae(
         raise UsageError(no_model(model, one_line(error))) from error
 
 
-def _subfolder(model: str, revision: str | None) -> str | None:
+def _subfolder(model: str, hub: Mapping[str, str | None]) -> str | None:
     """Where a pipeline has its autoencoder; None for what is no pipeline."""
     try:
-        index = DiffusionPipeline.load_config(model, revision=revision)
+        index = DiffusionPipeline.load_config(model, **hub)
     except OSError:
         return None
     for name in VAE_ATTRIBUTES:

@@ -491,6 +491,13 @@ def _add_components(kinds: argparse._SubParsersAction[_Parser]) -> None:
         metavar="K",
         help="how many directions to move along (default: %(default)s)",
     )
+    parser.add_argument(
+        "--neighbours",
+        type=whole_number("neighbours", 1, "leave it out to take all"),
+        metavar="N",
+        help="look only at the N pictures most like the first, itself among them: the directions "
+        "of its neighbourhood (default: all)",
+    )
     _add_frames(parser)
 
 
@@ -510,6 +517,12 @@ def _vae_command(
         metavar="ID_OR_FOLDER",
         help="a model id of the Hugging Face Hub, or a folder made by save_pretrained; of a "
         "pipeline, or of a VAE alone (default: the demo model)",
+    )
+    parser.add_argument(
+        *spellings("token_env"),
+        metavar="NAME",
+        help="the environment variable that holds a token of the Hub, for models that need one "
+        "(default: the one that `hf auth login` has kept)",
     )
     for side in ("width", "height"):
         parser.add_argument(
@@ -940,6 +953,7 @@ def _look_into_vae(args: argparse.Namespace) -> int:
         out=_new_folder("vae-output") if args.out is None else args.out,
         size=(args.width, args.height),
         suffix=getattr(args, "format", ".gif"),
+        token_env=args.token_env,
     )
     if args.kind == "roundtrip":
         seed = args.seed if args.sample else None
@@ -947,7 +961,9 @@ def _look_into_vae(args: argparse.Namespace) -> int:
     shows: dict[str, Callable[[], None]] = {
         "channels": lambda: lab.show_channels(task, args.image),
         "factors": lambda: lab.show_factors(task, args.factors),
-        "pca": lambda: lab.show_components(task, args.images, args.components, args.frames),
+        "pca": lambda: lab.show_components(
+            task, args.images, args.components, args.frames, args.neighbours
+        ),
         "interpolate": lambda: lab.show_interpolation(task, args.first, args.last, args.frames),
         "walk": lambda: lab.show_walk(task, args.image, args.channel, args.frames),
         "tokens": lambda: lab.show_tokens(task, args.image, args.keep),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -442,6 +443,23 @@ def latent_pixels(lab: Lab, latents: Sequence[Tensor]) -> NDArray[np.float64]:
     return cast("NDArray[np.float64]", torch.cat(rows).numpy())
 
 
+def nearest(lab: Lab, latents: Sequence[Tensor], count: int) -> list[int]:
+    """The numbers of those that are most like the first, which is the first of them.
+
+    Compared are the means of four by four parts, so that sizes may differ.
+
+    Args:
+        lab: the VAE.
+        latents: (1, C, h, w) or (1, C, f, h, w) each, VAE space.
+        count: how many, at most.
+    """
+    pictures = [lab.to_sampler(z.double()) for z in latents]
+    pictures = [z.mean(dim=2) if z.ndim == 5 else z for z in pictures]
+    parts = [functional.adaptive_avg_pool2d(z, 4) for z in pictures]
+    away = [float((part - parts[0]).square().mean()) for part in parts]
+    return sorted(range(len(away)), key=lambda number: (number > 0, away[number]))[:count]
+
+
 # --- ways from one picture to another
 
 
@@ -526,6 +544,25 @@ class Usage:
         """How many entries, were they equally frequent, would be as hard to guess."""
         shares = self.counts[self.counts > 0] / self.counts.sum()
         return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def levels(self) -> list[dict[float, int]]:
+        """How often each level of each dimension occurs, where the codebook is a grid of levels.
+
+        That is what a finite scalar quantiser has: each number is rounded by itself. [] of others.
+        """
+        columns = [column.unique(return_inverse=True) for column in self.codebook.T]
+        if math.prod(len(values) for values, _ in columns) != len(self.codebook):
+            return []
+        counts = torch.from_numpy(self.counts)
+        used = [
+            torch.zeros(len(values), dtype=torch.int64).index_add_(0, where, counts)
+            for values, where in columns
+        ]
+        return [
+            dict(zip(values.tolist(), each.tolist(), strict=True))
+            for (values, _), each in zip(columns, used, strict=True)
+        ]
 
     def most_used(self, count: int) -> NDArray[np.int64]:
         """The ids of so many entries, the most frequent first."""

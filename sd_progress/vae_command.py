@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from .lab import (
     contributions,
     interpolated,
     latent_pixels,
+    nearest,
     principal_components,
     round_trip,
     walked,
@@ -60,6 +62,7 @@ class Task:
         out: the folder for what is made; nothing in it is overwritten.
         size: width and height that pictures are brought to; None leaves each of them.
         suffix: of animations, a key of `_animation.FORMATS`.
+        token_env: the environment variable that holds a token of the Hub; None needs none.
     """
 
     model: str
@@ -68,6 +71,7 @@ class Task:
     out: Path
     size: tuple[int | None, int | None] = (None, None)
     suffix: str = ".gif"
+    token_env: str | None = None
 
     def lab(self) -> Lab:
         """The model's VAE.
@@ -76,7 +80,8 @@ class Task:
             UsageError: there is none, or it is none of pictures.
         """
         device = device_named(self.device)
-        vae = load_vae(self.model, dtype_named(self.dtype, device)).to(device)
+        token = _token(self.token_env)
+        vae = load_vae(self.model, dtype_named(self.dtype, device), token=token).to(device)
         try:
             return Lab.of(vae)
         except (TypeError, NotImplementedError, RuntimeError) as error:
@@ -155,6 +160,14 @@ class Task:
                 file.add(picture, _FRAME_MS)
             file.finish()
         _say(name, str(file.path))
+
+
+def _token(variable: str | None) -> str | None:
+    token = None if variable is None else os.environ.get(variable)
+    if variable is not None and not token:
+        expected = "--token_env must name an environment variable that holds a token of the Hub"
+        raise UsageError(f"{expected}, got {variable!r}, which is not set; export it first")
+    return token
 
 
 @contextlib.contextmanager
@@ -353,11 +366,25 @@ def show_factors(task: Task, file: Path | None) -> None:
 # --- sd-progress vae pca, interpolate and walk
 
 
-def show_components(task: Task, images: Sequence[Path], count: int, frames: int) -> None:
-    """Explained variance, and what each of the first directions does to the first picture."""
+def show_components(
+    task: Task, images: Sequence[Path], count: int, frames: int, neighbours: int | None = None
+) -> None:
+    """Explained variance, and what each of the first directions does to the first picture.
+
+    Args:
+        task: what all of the commands need.
+        images: of which the first is moved.
+        count: of directions.
+        frames: of an animation.
+        neighbours: how many of the pictures count, those most like the first; None is all.
+    """
     lab = task.lab()
     _introduce(lab, task.model)
     latents = [task.encoded(lab, image)[1] for image in images]
+    if neighbours is not None:
+        near = nearest(lab, latents, neighbours)
+        _say("neighbours", ", ".join(images[number].name for number in near))
+        latents = [latents[number] for number in near]
     try:
         found = principal_components(latent_pixels(lab, latents))
     except ValueError as error:
@@ -453,6 +480,9 @@ def show_tokens(task: Task, image: Path, counts: Sequence[int]) -> None:
     )
     _say("used", f"{used} entries, {used / size:.1%}; {usage.dead} are not in this picture")
     _say("perplexity", f"{usage.perplexity:.1f}, as if so many were equally frequent")
+    for number, used_levels in enumerate(usage.levels):
+        shown = ", ".join(f"{level:+.2f} ({count}x)" for level, count in used_levels.items())
+        _say(f"number {number}", shown)
     most = ", ".join(f"{entry} ({usage.counts[entry]}x)" for entry in usage.most_used(min(8, used)))
     _say("most used", most)
     ids = usage.ids if usage.ids.ndim == 2 else usage.ids[0]

@@ -1,5 +1,6 @@
 """What the lab computes, against numbers from elsewhere."""
 
+import collections
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sd_progress.lab import (
     contributions,
     interpolated,
     latent_pixels,
+    nearest,
     principal_components,
     psnr,
     round_trip,
@@ -301,6 +303,28 @@ def test_tokens_of_a_scalar_quantiser():
     usage = Usage.of(vae, latents)
     assert len(usage.counts) == 8**4
     assert np.array_equal(usage.ids.ravel(), ids.flatten().numpy())
+
+
+def test_levels_of_a_scalar_quantiser():
+    """Each number's levels are counted by themselves; a learned codebook has none."""
+    vae = autoencoder("AutoencoderVidTok:fsq")
+    with torch.no_grad():
+        latents, _ = vae.encode(noise(1, 3, 5, 32, 32))
+    usage = Usage.of(vae, latents)
+    entries = usage.codebook[torch.as_tensor(usage.ids).flatten()]
+    assert [len(levels) for levels in usage.levels] == [8, 8, 8, 8]
+    for number, levels in enumerate(usage.levels):
+        by_hand = collections.Counter(entries[:, number].tolist())
+        assert {level: count for level, count in levels.items() if count} == by_hand
+    assert Usage.of(tiny.working_vq(), noise(1, 4, 2, 2)).levels == []
+
+
+def test_the_nearest_pictures(lab):
+    """The first comes first, then those that are like it, whatever their size."""
+    light, dark = torch.full((1, 4, 8, 8), 1.0), torch.full((1, 4, 8, 8), -1.0)
+    like = torch.full((1, 4, 16, 12), 0.9)
+    assert nearest(lab, [light, dark, like], 2) == [0, 2]
+    assert nearest(lab, [dark, light, like, dark], 3) == [0, 3, 2]
 
 
 def test_not_every_vae_has_tokens(lab):

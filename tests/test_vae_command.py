@@ -159,6 +159,22 @@ def test_factors_of_a_file(tmp_path):
     assert (done.code, "must be for 4 channels, got 16; calibrate" in done.err) == (2, True)
 
 
+def test_components_of_a_neighbourhood(tmp_path, scenes):
+    """Those of the pictures most like the first, which are named."""
+    images = [scenes / f"{n}.png" for n in (0, 1, 0)]
+    words = ("--components", 1, "--frames", 2, "--neighbours", 2, "--out", tmp_path / "out")
+    done = command(tmp_path, "vae", "pca", *images, *words)
+    assert lines(done)["neighbours"] == "0.png, 0.png"
+
+
+def test_a_token_that_is_not_there_is_told(tmp_path, scenes):
+    """Before anything is asked of the Hub."""
+    words = ("--token_env", "NO_SUCH_TOKEN", "--out", tmp_path / "out")
+    done = command(tmp_path, "vae", "roundtrip", scenes / "0.png", *words)
+    assert done.code == 2
+    assert "--token_env must name an environment variable" in done.err
+
+
 def test_components(tmp_path, scenes):
     """Shares that grow to all, and an animation for each of as many as were asked for."""
     images = [scenes / f"{n}.png" for n in range(3)]
