@@ -592,6 +592,20 @@ def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="PX",
         help="larger pictures are reduced (default: %(default)s)",
     )
+    _add_listening(
+        parser,
+        port=7860,
+        port_type=whole_number("port", 1, "7860 is usual"),
+        port_help="where to listen",
+        token_help="what visitors must give as their password, with any name",
+    )
+    parser.set_defaults(action=_explore)
+
+
+def _add_listening(
+    parser: _Parser, *, port: int, port_type: Callable[[str], int], port_help: str, token_help: str
+) -> None:
+    """Where a service listens, and what it wants to be told first."""
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -601,19 +615,18 @@ def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument(
         "--port",
-        type=whole_number("port", 1, "7860 is usual"),
-        default=7860,
+        type=port_type,
+        default=port,
         metavar="N",
-        help="where to listen (default: %(default)s)",
+        help=f"{port_help} (default: %(default)s)",
     )
     parser.add_argument(
         "--token",
         default=os.environ.get("SD_PROGRESS_TOKEN") or None,
         metavar="TEXT",
-        help="what visitors must give as their password, with any name; others on this machine can "
-        "read it in the list of processes, so better set SD_PROGRESS_TOKEN (default: none)",
+        help=f"{token_help}; others on this machine can read it in the list of processes, so "
+        "better set SD_PROGRESS_TOKEN (default: none)",
     )
-    parser.set_defaults(action=_explore)
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -632,26 +645,12 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
         "the demo model)",
     )
     _add_device_arguments(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="where to listen; any address but this machine's own needs a token "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--port",
-        type=whole_number("port", 0, "0 is any that is free"),
-        default=8765,
-        metavar="N",
-        help="0 is any that is free (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--token",
-        default=os.environ.get("SD_PROGRESS_TOKEN") or None,
-        metavar="TEXT",
-        help="what clients must send as their api_key; others on this machine can read it in the "
-        "list of processes, so better set SD_PROGRESS_TOKEN (default: none)",
+    _add_listening(
+        parser,
+        port=8765,
+        port_type=whole_number("port", 0, "0 is any that is free"),
+        port_help="0 is any that is free",
+        token_help="what clients must send as their api_key",
     )
     parser.add_argument(
         *spellings("allow_host"),
