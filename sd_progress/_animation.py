@@ -162,15 +162,15 @@ class Gif(GrowingAnimation):
         return screen + struct.pack("<3s11sBBHB", b"!\xff\x0b", b"NETSCAPE2.0", 3, 1, repeats, 0)
 
     def block(self, image: Image.Image, duration_ms: int) -> bytes:
-        is_noise = _is_noise(image)
-        picture = self._colours.of(image, is_noise=is_noise)
-        shown, flags = picture.convert("RGB"), GIF_KEEP
+        is_noise, flags = _is_noise(image), GIF_KEEP
+        shown = picture = self._colours.of(image, is_noise=is_noise)
         # nothing of one noise is near another
         if self._shown is not None and self._meant is not None and not is_noise:
-            near = _within(image, self._shown, GIF_UNSEEN_LEVELS)
+            before, shown = self._shown.convert("RGB"), picture.convert("RGB")
+            near = _within(image, before, GIF_UNSEEN_LEVELS)
             same = ImageChops.lighter(near, _within(image, self._meant, GIF_UNCHANGED_LEVELS))
             picture.paste(GIF_TRANSPARENT, mask=same)
-            shown.paste(self._shown, mask=same)
+            shown.paste(before, mask=same)
             image = image.copy()
             image.paste(self._meant, mask=same)
             flags |= GIF_HAS_TRANSPARENT
@@ -203,32 +203,73 @@ class _Colours:
 
     def __init__(self) -> None:
         self._palette: Image.Image | None = None
-        self._error: float | None = None  # of the sample that they were made of; None of noise
-        self._spread: NDArray[np.float64] | None = None  # of the same, if it was noise
+        self._error = 0.0  # of the sample that they were made of
+        self._noise: _NoiseColours | None = None
 
     def of(self, image: Image.Image, *, is_noise: bool) -> Image.Image:
         """`image` in 255 colours; dithered, unless it is noise, which has no bands to hide."""
-        sample = image.copy()
-        sample.thumbnail((64, 64), Image.Resampling.NEAREST)
-        palette = self._palette
-        fits = self._fits_noise if is_noise else self._fits
-        if palette is None or not fits(sample, palette):
-            palette = self._palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
-            self._error = None if is_noise else _error(sample, palette)
-            self._spread = _spread(sample) if is_noise else None
-        dither = Image.Dither.NONE if is_noise else Image.Dither.FLOYDSTEINBERG
-        return image.quantize(palette=palette, dither=dither)
+        sample = image.resize(
+            (min(64, image.width), min(64, image.height)), Image.Resampling.NEAREST
+        )
+        if is_noise:
+            self._palette = None
+            if self._noise is None or not self._noise.fit(sample):
+                self._noise = _NoiseColours(sample)
+            return self._noise.of(image)
+        self._noise = None
+        if self._palette is None or not self._fit(sample, self._palette):
+            self._palette = sample.quantize(255, Image.Quantize.FASTOCTREE)
+            self._error = _error(sample, self._palette)
+        return image.quantize(palette=self._palette, dither=Image.Dither.FLOYDSTEINBERG)
 
-    def _fits_noise(self, sample: Image.Image, palette: Image.Image) -> bool:
+    def _fit(self, sample: Image.Image, palette: Image.Image) -> bool:
+        return _error(sample, palette) <= GIF_WORSE_COLOURS * self._error
+
+
+class _NoiseColours:
+    """255 colours for noise, found through a table of 16 levels of each channel.
+
+    Noise has pixels of all colours, so that Pillow would have nothing to remember for long.
+    """
+
+    def __init__(self, sample: Image.Image) -> None:
+        palette = sample.quantize(255, Image.Quantize.FASTOCTREE).getpalette() or []
+        colours = np.array(palette, np.float32).reshape(-1, 3)[:255]
+        middles = 16 * np.arange(16, dtype=np.float32) + 7.5
+        red, green, blue = np.square(middles[:, None] - colours.T[:, None])  # (16, colours)
+        green_blue = green[:, None] + blue
+        table = np.stack([(one + green_blue).argmin(-1) for one in red])
+        self._table = table.astype(np.uint8).reshape(-1)
+        self._palette = self._means(sample, colours).round().astype(np.uint8).tobytes()
+        self._spread = _spread(sample)
+
+    def fit(self, sample: Image.Image) -> bool:
         """Of noise no two samples are alike, but they are of the same kind for some time."""
-        if self._spread is None:
-            return False
         return bool(np.abs(_spread(sample) - self._spread).max() <= GIF_OTHER_NOISE_LEVELS)
 
-    def _fits(self, sample: Image.Image, palette: Image.Image) -> bool:
-        if self._error is None:
-            return False
-        return _error(sample, palette) <= GIF_WORSE_COLOURS * self._error
+    def of(self, image: Image.Image) -> Image.Image:
+        """`image` in these colours."""
+        picture = Image.fromarray(self._found(np.asarray(image)))
+        picture.putpalette(self._palette)
+        return picture
+
+    def _found(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(H, W, 3) -> (H, W): which of the colours each pixel gets."""
+        levels = pixels >> 4
+        places = levels[..., 0].astype(np.intp)
+        for channel in (1, 2):
+            places <<= 4
+            places |= levels[..., channel]
+        return self._table.take(places)
+
+    def _means(self, sample: Image.Image, colours: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Of the pixels that get each colour; the colour itself where none does."""
+        pixels = np.asarray(sample)
+        found = self._found(pixels).reshape(-1)
+        counts = np.bincount(found, minlength=len(colours))
+        sums = [np.bincount(found, levels, len(colours)) for levels in pixels.reshape(-1, 3).T]
+        means = np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None]
+        return np.where(counts[:, None] > 0, means, colours)
 
 
 def _error(image: Image.Image, palette: Image.Image) -> float:
@@ -239,14 +280,17 @@ def _error(image: Image.Image, palette: Image.Image) -> float:
 
 def _spread(image: Image.Image) -> NDArray[np.float64]:
     """Mean and standard deviation of each channel, in levels."""
-    pixels = np.asarray(image).reshape(-1, 3)
-    return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)])
+    levels, pixels = np.arange(256), image.width * image.height
+    shares = np.array(image.histogram()).reshape(3, 256) / pixels
+    mean = shares @ levels
+    return np.concatenate([mean, np.sqrt(np.maximum(shares @ levels**2 - mean**2, 0.0))])
 
 
 def _is_noise(image: Image.Image) -> bool:
     """Whether neighbours differ much, on average over some of the rows."""
-    rows = np.asarray(image)[::8].astype(np.int16)
-    return bool(rows.shape[1] > 1 and np.abs(np.diff(rows, axis=1)).mean() > GIF_NOISE_LEVELS)
+    rows = image.resize((image.width, -(-image.height // 8)), Image.Resampling.NEAREST)
+    levels = np.asarray(rows).astype(np.int16)
+    return bool(image.width > 1 and np.abs(np.diff(levels, axis=1)).mean() > GIF_NOISE_LEVELS)
 
 
 def _within(image: Image.Image, other: Image.Image, levels: int) -> Image.Image:
@@ -257,20 +301,10 @@ def _within(image: Image.Image, other: Image.Image, levels: int) -> Image.Image:
 
 
 def _gif_picture(image: Image.Image) -> bytes:
-    """Image descriptor, colour table and pixels of a palette image, from Pillow's one-frame GIF."""
-    buffer = io.BytesIO()
-    image.putpalette([*(image.getpalette() or []), *[0] * 768][:768])  # one table has all 256
-    image.save(buffer, "GIF", interlace=False, optimize=False)
-    data = buffer.getvalue()
-    table_bits = data[10] & 7
-    start = 13 + (3 << table_bits + 1)
-    while data[start : start + 1] == b"!":  # an extension: sub-blocks up to an empty one
-        start += 2
-        while data[start]:
-            start += 1 + data[start]
-        start += 1
-    descriptor = data[start : start + 9] + bytes([0x80 | table_bits])
-    return descriptor + data[13 : 13 + (3 << table_bits + 1)] + data[start + 10 : -1]
+    """Image descriptor, colour table and pixels of a palette image."""
+    place = struct.pack("<sHHHHB", b",", 0, 0, *image.size, 0x87)  # 7: a table of all 256
+    table = bytes(image.getpalette() or ()).ljust(768, b"\0")
+    return place + table + b"\x08" + image.tobytes("gif", "P", 8, 0) + b"\0"
 
 
 class Apng(GrowingAnimation):

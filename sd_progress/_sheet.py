@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from .pixels import resized
 
 _GREY: Final = (118, 124, 134, 255)  # readable on a white page and on a dark one
 _SMALLEST_TEXT_PX: Final = 8
@@ -21,8 +23,9 @@ class Cell:
 
 
 def with_longer_side(image: Image.Image, side_px: int) -> Image.Image:
-    """Enlarged or reduced, bicubically."""
-    return ImageOps.contain(image, (side_px, side_px), Image.Resampling.BICUBIC)
+    """RGB, enlarged or reduced, bicubically."""
+    scale = side_px / max(image.size)
+    return resized(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def sheet(cells: Sequence[Cell], columns: int, gap_px: int) -> Image.Image:

@@ -72,7 +72,7 @@ class LinearDecoder:
         latents = latents.float()
         margin = self.factors.kernel_size // 2
         # replicated, because a border of zeros is grey only in sampler space
-        padded = functional.pad(latents, (margin,) * 4, mode="replicate")
+        padded = functional.pad(latents, (margin,) * 4, mode="replicate") if margin else latents
         rgb = self._convolve(padded)  # (B, 3 * s * s, h, w)
         if self._more is not None:
             rgb = rgb + self._more(latents, padded)

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import queue
 import tempfile
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 POLL_S = 0.05
+LOOK_S = 0.2
 PATIENCE_S = 30.0
 HOLD_S = 0.1
 SEGMENT_BYTES = 64 << 20
@@ -245,8 +247,8 @@ class Box(Protocol[Item]):
 class Inbox(Generic[Item]):
     """What the caller hands over: put in no time; only who takes ever touches the disk.
 
-    From half of the room on, items wait on disk; where that is too slow or full, so that the whole
-    room is taken, they are left out.
+    From half of the room on, items wait on disk if it takes less time to put one there than to
+    handle it. Where that is too slow or full, so that the whole room is taken, they are left out.
     """
 
     def __init__(self, room: Room, storage: Storage) -> None:
@@ -255,6 +257,9 @@ class Inbox(Generic[Item]):
         self._come: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._waiting: deque[tuple[Item, int]] = deque()
         self._has_ended = False
+        self._taken_at_s: float | None = None
+        self._handling_s = math.inf  # of the last item, by who took it
+        self._storing_s = 0.0  # of the last one that was stored
 
     def put(self, item: Item, *, is_wanted: bool = False) -> bool:
         """Take an item, if there is room; if `is_wanted`, take it all the same."""
@@ -269,6 +274,8 @@ class Inbox(Generic[Item]):
 
     def get(self, timeout_s: float | None) -> Item | None:
         """The next item; None at the end."""
+        if self._taken_at_s is not None:
+            self._handling_s, self._taken_at_s = time.monotonic() - self._taken_at_s, None
         self.look()
         if not self._waiting and not self._has_ended:
             self._admit(self._come.get(timeout=timeout_s))
@@ -276,6 +283,7 @@ class Inbox(Generic[Item]):
             return None
         item, size = self._waiting.popleft()
         self._room.give_back(size)
+        self._taken_at_s = time.monotonic()
         return item
 
     def look(self) -> None:
@@ -293,8 +301,20 @@ class Inbox(Generic[Item]):
             return
         size = item.size_bytes
         if self._room.taken_bytes > self._room.limit_bytes // 2:
-            size = _stored(item, size, self._storage, self._room)
+            size = self._stored(item, size)
         self._waiting.append((item, size))
+
+    def _stored(self, item: Item, size: int) -> int:
+        """Put an item on disk if that is worth it; the memory that it then takes."""
+        if self._storing_s > self._handling_s:
+            self._storing_s *= 0.98  # it is tried again before long
+            return size
+        began_s = time.monotonic()
+        left = _stored(item, size, self._storage, self._room)
+        self._storing_s = time.monotonic() - began_s
+        if self._taken_at_s is not None:  # who handles an item looks what has come meanwhile
+            self._taken_at_s += self._storing_s
+        return left
 
 
 def _stored(item: Item, size: int, storage: Storage, room: Room) -> int:
@@ -401,12 +421,16 @@ class Worker(Generic[Item]):
     A daemon with an exit handler rather than a plain thread: the interpreter then waits for the
     items that are left, and not for a run that was given up.
 
+    Whoever starts a thread waits until it runs, which takes milliseconds where torch uses all
+    cores. So the caller of a run starts one, and that one starts the others.
+
     Args:
         box: where items come from.
         handle: called in the thread with each item; must not raise.
+        on_begin: called in the thread before the first item; must not raise.
         on_end: called in the thread after the last item; must not raise.
         is_abandoned: asked in the thread now and then while there is nothing to do; True ends it.
-        after: a worker whose thread must have ended before the first item is handled.
+        after: a worker whose thread must have ended before `on_begin` is called.
 
     Attributes:
         busy_s: processor time that the thread has taken.
@@ -419,20 +443,36 @@ class Worker(Generic[Item]):
         handle: Callable[[Item], None],
         *,
         on_end: Callable[[], None],
+        on_begin: Callable[[], None] = lambda: None,
         is_abandoned: Callable[[], bool] | None = None,
         after: Worker[Item] | None = None,
     ) -> None:
         self.box = box
         self.busy_s = 0.0
         self.last_sign_s = time.monotonic()
-        work = functools.partial(self._work, handle, is_abandoned, on_end, after)
+        work = functools.partial(self._work, handle, is_abandoned, on_begin, on_end, after)
         self._thread = threading.Thread(target=work, name="sd-progress", daemon=True)
-        self._thread.start()
         atexit.register(self.finish)
+
+    def start(self) -> None:
+        """Begin to handle what is in the box; to be called once.
+
+        Raises:
+            RuntimeError: there are no more threads to be had.
+        """
+        try:
+            self._thread.start()
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """It is not going to be started."""
+        atexit.unregister(self.finish)
 
     @property
     def is_alive(self) -> bool:
-        """Whether items are still handled; False once finished, or abandoned."""
+        """Whether items are handled; False before it is started, once finished, or abandoned."""
         return self._thread.is_alive()
 
     @property
@@ -460,11 +500,13 @@ class Worker(Generic[Item]):
         self,
         handle: Callable[[Item], None],
         is_abandoned: Callable[[], bool] | None,
+        on_begin: Callable[[], None],
         on_end: Callable[[], None],
         after: Worker[Item] | None,
     ) -> None:
-        if after is not None:
+        if after is not None and after._thread.ident is not None:  # else it never began
             after._thread.join()
+        on_begin()
         work_on_one_core()
         _let_the_run_go_first()
         try:
@@ -483,7 +525,7 @@ class Worker(Generic[Item]):
         signs = 0
         while True:
             try:
-                return self.box.get(None if is_abandoned is None else POLL_S)
+                return self.box.get(None if is_abandoned is None else LOOK_S)
             except queue.Empty:
                 # twice, because another thread's stack may be seen half way through a change
                 signs = signs + 1 if is_abandoned is not None and is_abandoned() else 0

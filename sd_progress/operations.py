@@ -122,6 +122,9 @@ def operation(*reads: str) -> Callable[[Function], Operation]:
 
 
 # --- normalisation: as the sampler has them -> as `vae.decode` is given them
+#
+# The first operation makes a new tensor, and the next ones work in it: of large latents, finding
+# new memory takes several times as long as the arithmetic.
 
 
 def _over_channels(values: Tensor, like: Tensor, axis: int = 1) -> Tensor:
@@ -139,7 +142,7 @@ def _standardised(latents: Tensor, reading: Reading, divisor: float = 1.0, axis:
     if mean is None or std is None:
         return latents / divisor
     std, mean = _over_channels(std, latents, axis), _over_channels(mean, latents, axis)
-    return latents * std / divisor + mean
+    return (latents * std).div_(divisor).add_(mean)
 
 
 @operation()
@@ -152,7 +155,7 @@ def scaled(latents: Tensor, reading: Reading) -> Tensor:
 def shifted(latents: Tensor, reading: Reading) -> Tensor:
     """Latents / scaling_factor + shift_factor."""
     statistics = reading.statistics
-    return latents / statistics.scaling_factor + statistics.shift_factor
+    return (latents / statistics.scaling_factor).add_(statistics.shift_factor)
 
 
 @operation()
@@ -204,7 +207,7 @@ def standardised_with(mean: str, std: str, *, is_inverse: bool) -> Operation:
     def apply(latents: Tensor, reading: Reading) -> Tensor:
         centre = _over_channels(reading.tensor(mean, latents).reshape(-1), latents)
         spread = _over_channels(reading.tensor(std, latents).reshape(-1), latents)
-        return latents / spread + centre if is_inverse else latents * spread + centre
+        return (latents / spread if is_inverse else latents * spread).add_(centre)
 
     return Operation(apply, (mean, std))
 
@@ -216,7 +219,7 @@ def batch_normed(latents: Tensor, reading: Reading) -> Tensor:
         _over_channels(reading.tensor(f"self.vae.bn.running_{name}", latents), latents)
         for name in ("mean", "var")
     )
-    return latents * torch.sqrt(variance + 1e-5) + mean
+    return (latents * torch.sqrt(variance + 1e-5)).add_(mean)
 
 
 # --- axes

@@ -25,6 +25,7 @@ from .demo import DEMO_GUIDANCE, demo_model_path
 from .frame import Frame
 from .generate import arguments_for, load_pipeline
 from .jobs import Bench, Event, EventName, ImageFormat, Job
+from .pixels import resized
 from .streaming import Phase, astream
 
 __all__ = ["Painter", "load_painter"]
@@ -239,7 +240,7 @@ def _enlarged(picture: Image.Image, side_px: int) -> Image.Image:
     if scale <= 1:
         return picture
     size = round(picture.width * scale), round(picture.height * scale)
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return resized(picture, size)
 
 
 def _base64(

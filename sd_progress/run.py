@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
@@ -285,12 +286,20 @@ class _Outlet:
             self._box = EveryBox(room, run.storage)
         else:
             self._box = NewestBox(self.newest, lambda x: is_replaced and x.is_last_preview)
+        self._has_thread = True
         self.worker: Worker[_Parcel] = Worker(
             self._box,
             self._write,
             on_end=self._close,
             after=None if after is None else after.worker,
         )
+
+    def start(self) -> None:
+        """Begin to write; without a thread to be had, in that of whoever hands over frames."""
+        try:
+            self.worker.start()
+        except RuntimeError:
+            self._has_thread = False
 
     @property
     def dropped(self) -> int:
@@ -300,13 +309,17 @@ class _Outlet:
 
     def put(self, parcel: _Parcel) -> None:
         """Hand over a frame; returns at once."""
-        if not self._has_failed and not self._box.put(parcel):
+        if not self._has_thread:
+            self._write(parcel)
+        elif not self._has_failed and not self._box.put(parcel):
             self.left_out += 1
             _tell_of_no_room(self._boundary)
 
     def end(self) -> None:
         """No frame will come any more."""
         self._box.end()
+        if not self._has_thread:
+            self._close()
 
     def _write(self, parcel: _Parcel) -> None:
         if self._has_failed:
@@ -389,11 +402,11 @@ class Run:
             self._start(previous)
         except BaseException:  # no more threads to be had, or Ctrl-C
             for outlet in self._outlets:
-                outlet.end()
+                outlet.worker.give_up()
             raise
 
     def _start(self, previous: Run | None) -> None:
-        """Start the threads, the one that draws last: it tells the others of the end."""
+        """Start the thread that draws; it starts the others, and tells them of the end."""
         earlier = [None] * len(self.parts.writers) if previous is None else previous._outlets
         for number, writer in enumerate(self.parts.writers):
             after = earlier[number]
@@ -402,9 +415,11 @@ class Run:
             self._inbox,
             self._handle,
             is_abandoned=self._is_abandoned,
+            on_begin=self._begin,
             on_end=self._end,
             after=None if previous is None else previous._worker,
         )
+        self._worker.start()
 
     @property
     def takes_steps(self) -> bool:
@@ -753,6 +768,10 @@ class Run:
         call = self.call
         return call is not None and not is_running(call, self._thread_id)
 
+    def _begin(self) -> None:
+        for outlet in self._outlets:
+            outlet.start()
+
     def _end(self) -> None:
         for outlet in self._outlets:
             outlet.end()
@@ -997,7 +1016,8 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     """A sum tells it a dozen times sooner, where it is finite itself."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    total = tensor.sum(dtype=torch.float32).item()
+    return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
 def _pictured(noisy: Tensor | None, x0: Tensor | None, scale: float) -> list[Tensor]:

@@ -27,12 +27,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ._animation import FORMATS, Animation, Size, Timing, png_bytes
 from ._files import claim_folder, move_over, publish, temporary_path, write_temporary
 from ._sheet import Cell, sheet, with_longer_side
 from .frame import Frame
+from .pixels import resized
 
 __all__ = [
     "AnimationVideo",
@@ -579,22 +580,22 @@ def _rounded_up(size: Size, multiple: int) -> Size:
 def _resized(image: Image.Image, size: Size, resample: Resample) -> Image.Image:
     if image.size == size:
         return image
-    return image.resize(size, _filter(image, size, resample))
-
-
-def _filter(image: Image.Image, size: Size, resample: Resample) -> Image.Resampling:
     shrinks = size[0] < image.width or size[1] < image.height  # which nearest does badly
-    smooth = resample == "smooth" or shrinks
-    return Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    if resample == "smooth" or shrinks:
+        return resized(image, size)
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def _fitted(image: Image.Image, canvas: Size, resample: Resample) -> Image.Image:
     """`image` at the size of the canvas; black bars where the aspects differ visibly."""
     scale = min(canvas[0] / image.width, canvas[1] / image.height)
-    size = round(image.width * scale), round(image.height * scale)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     if canvas[0] - size[0] <= 2 and canvas[1] - size[1] <= 2:
         return _resized(image, canvas, resample)
-    return ImageOps.pad(image, canvas, _filter(image, size, resample))
+    barred = Image.new("RGB", canvas)
+    left, top = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+    barred.paste(_resized(image, size, resample), (left, top))
+    return barred
 
 
 def _animation_format(path: Path) -> type[Animation]:

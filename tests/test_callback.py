@@ -896,22 +896,40 @@ def test_the_step_path_makes_no_tensors_of_numbers(pipe, monkeypatch):
     assert made == []
 
 
-def test_where_no_thread_can_be_started(pipe, monkeypatch):
-    """The run goes on without previews, one warning says why, and no other thread stays."""
-    before, start, started = threading.active_count(), threading.Thread.start, []
+def limited_to(monkeypatch, count):
+    """From now on, so many threads of ours can be started."""
+    start, started = threading.Thread.start, []
 
     def limited(thread):
-        started.append(thread)
-        if len(started) % 3 == 0:
+        started.extend([thread] if thread.name == "sd-progress" else [])
+        if thread in started[count:]:
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    plain = run(tiny.sd(), None).images
     monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+def test_where_no_thread_can_be_started(pipe, monkeypatch):
+    """The run goes on without previews, one warning says why, and no other thread stays."""
+    before = threading.active_count()
+    plain = run(tiny.sd(), None).images
+    limited_to(monkeypatch, 0)
     with pytest.warns(PreviewWarning, match="can't start new thread"):
         pictures = run(pipe, PreviewCallback(pipe, [].append, [].append)).images
     assert np.array_equal(pictures, plain)
-    wait_for_worker()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_too_few_threads_can_be_started(pipe, tmp_path, monkeypatch, count):
+    """The thread that draws writes, too, and every target gets every frame."""
+    before, frames = threading.active_count(), []
+    limited_to(monkeypatch, count)
+    callback = PreviewCallback(pipe, frames.append, tmp_path / "steps", tmp_path / "run.gif")
+    run(pipe, callback, steps=3)
+    assert [frame.step_index for frame in frames] == [0, 1, 2]
+    assert len(list((tmp_path / "steps").glob("*.png"))) == 3
+    assert gif_frames(tmp_path / "run.gif") == 3
     assert threading.active_count() == before
 
 

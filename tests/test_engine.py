@@ -44,7 +44,9 @@ class Jobs(EveryBox):
 
 
 def worker(handle, *, is_abandoned=None, on_end=lambda: None, after=None):
-    return Worker(Jobs(), handle, on_end=on_end, is_abandoned=is_abandoned, after=after)
+    made = Worker(Jobs(), handle, on_end=on_end, is_abandoned=is_abandoned, after=after)
+    made.start()
+    return made
 
 
 def names(box):
@@ -262,6 +264,7 @@ def handle(job):
     time.sleep(0.1)
     print(job)
 jobs = Worker(Box(), handle, on_end=lambda: print("end"))
+jobs.start()
 jobs.box.put(1)
 jobs.box.put(2)
 """
