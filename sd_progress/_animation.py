@@ -288,7 +288,7 @@ def _spread(image: Image.Image) -> NDArray[np.float64]:
 
 def _is_noise(image: Image.Image) -> bool:
     """Whether neighbours differ much, on average over some of the rows."""
-    rows = image.resize((image.width, -(-image.height // 8)), Image.Resampling.NEAREST)
+    rows = image.resize((image.width, min(32, image.height)), Image.Resampling.NEAREST)
     levels = np.asarray(rows).astype(np.int16)
     return bool(image.width > 1 and np.abs(np.diff(levels, axis=1)).mean() > GIF_NOISE_LEVELS)
 

@@ -32,6 +32,7 @@ def test_to_uint8():
     images = to_uint8(values.reshape(1, 1, 1, 6).expand(1, 3, 1, 6))
     assert images.shape == (1, 1, 6, 3)
     assert images[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 128]
+    assert values[:5].tolist() == [-2, -1, 0, 1, 2]
 
 
 def test_one_pixel_per_latent_is_a_matrix_product():

@@ -148,6 +148,25 @@ def test_an_inbox_puts_on_disk_only_when_it_is_looked_into():
     assert room.taken_bytes == 0
 
 
+def test_an_inbox_puts_on_disk_only_what_takes_longer_to_handle():
+    """Where the disk is slower than whoever takes the items, it would only hold them up."""
+
+    class Slow(Item):
+        def store(self, storage):
+            time.sleep(0.05)
+            super().store(storage)
+
+    for handling_s, least, most in ((0.0, 1, 1), (0.1, 4, 9)):
+        storage = Storage()
+        inbox = Inbox(Room(40), storage)
+        for k in range(8):  # more and more come, of which one is handled at a time
+            assert inbox.put(Slow(k, size_bytes=5))
+            inbox.put(Slow(k, size_bytes=5))
+            assert inbox.get(None)
+            time.sleep(handling_s)
+        assert least <= storage.stored_bytes / 10 <= most
+
+
 def test_an_inbox_without_disk_keeps_what_it_has(monkeypatch, tmp_path):
     """What cannot be stored stays in memory."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))

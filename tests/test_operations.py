@@ -52,6 +52,28 @@ def test_scaling_and_shifting():
     assert op.standardised_or_scaled(x, read).flatten().tolist() == [14, 26]
 
 
+def test_what_is_normalised_stays_as_it_was():
+    """The results have memory of their own: latents are looked at more than once."""
+    statistics = VaeStatistics(
+        2, 0.5, 1.0, mean=torch.tensor([10.0, 20.0]), std=torch.tensor([2.0, 3.0])
+    )
+    kept = {"self.mean": statistics.mean, "self.std": statistics.std}
+    running = {f"self.vae.bn.running_{name}": torch.ones(2) for name in ("mean", "var")}
+    read = reading(statistics, **kept, **running)
+    with_kept = [op.standardised_with(*kept, is_inverse=inverse) for inverse in (False, True)]
+    for operation in (
+        op.scaled,
+        op.shifted,
+        op.standardised,
+        op.standardised_or_scaled,
+        op.batch_normed,
+        *with_kept,
+    ):
+        x = torch.ones(1, 2, 1, 1)
+        assert operation(x, read).flatten().tolist() != [1, 1]
+        assert x.flatten().tolist() == [1, 1]
+
+
 def test_statistics_may_be_per_frame():
     """Cosmos 1.0 keeps them for each channel and frame, for more frames than there are."""
     mean, std = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4)

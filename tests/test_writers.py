@@ -373,6 +373,24 @@ def test_the_last_frame_is_held(tmp_path, suffix):
     assert [duration for _, duration in pillow_frames(writer.path)] == [50, 50, 50, 700]
 
 
+def test_a_gif_of_noise_has_colours_as_good_as_pillows(tmp_path):
+    """Whether or not the kind of noise changes, and of few colours or many."""
+    kinds = [
+        np.random.default_rng(k).normal(128, spread, (96, 96, 3))
+        for k, spread in enumerate((20, 21, 60, 60, 90))
+    ]
+    pictures = [kind.clip(0, 255).astype(np.uint8) for kind in kinds]
+    pictures.append((pictures[0] > 128).astype(np.uint8) * 200)
+    writer = AnimationWriter(tmp_path / "noise.gif", min_side_px=None)
+    for index, pixels in enumerate(pictures):
+        writer.write(replace(frame(index, len(pictures)), images=pixels[None]))
+    writer.close()
+    for pixels, shown in zip(pictures, imageio.imread(tmp_path / "noise.gif"), strict=True):
+        own = Image.fromarray(pixels).quantize(255, Image.Quantize.FASTOCTREE).convert("RGB")
+        error, others = (np.square(x - pixels.astype(float)).mean() for x in (shown, own))
+        assert error <= 1.1 * others + 1
+
+
 def test_a_gif_has_no_byte_out_of_place(tmp_path):
     """Walked block by block, the file ends with its trailer; so it does after one frame."""
     writer = AnimationWriter(tmp_path / "run.gif", duration_ms=120)
