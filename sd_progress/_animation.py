@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import tempfile
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import IO, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +155,8 @@ class Gif(GrowingAnimation):
     def __init__(self, wanted: Path, timing: Timing) -> None:
         super().__init__(wanted, timing)
         self._colours = _Colours()
+        self._scratch = tempfile.TemporaryFile(prefix="sd-progress-", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._scratch.close)
 
     def header(self, image: Image.Image, block: bytes) -> bytes:
         screen = struct.pack("<6sHH3B", b"GIF89a", *image.size, 0x70, 0, 0)
@@ -176,7 +180,7 @@ class Gif(GrowingAnimation):
             flags |= GIF_HAS_TRANSPARENT
         self._shown, self._meant = shown, image
         control = struct.pack("<3sBHBB", b"!\xf9\x04", flags, duration_ms // 10, GIF_TRANSPARENT, 0)
-        return control + _gif_picture(picture)
+        return control + _gif_picture(picture, self._scratch)
 
     def hold(self, file: GrowingFile) -> None:
         file.patch(self.last_offset + 4, struct.pack("<H", self.timing.hold_last_ms // 10))
@@ -300,11 +304,28 @@ def _within(image: Image.Image, other: Image.Image, levels: int) -> Image.Image:
     return most.point([255 if level <= levels else 0 for level in range(256)])
 
 
-def _gif_picture(image: Image.Image) -> bytes:
-    """Image descriptor, colour table and pixels of a palette image."""
-    place = struct.pack("<sHHHHB", b",", 0, 0, *image.size, 0x87)  # 7: a table of all 256
-    table = bytes(image.getpalette() or ()).ljust(768, b"\0")
-    return place + table + b"\x08" + image.tobytes("gif", "P", 8, 0) + b"\0"
+def _gif_picture(image: Image.Image, scratch: IO[bytes]) -> bytes:
+    """Image descriptor, colour table and pixels of a palette image, from Pillow's one-frame GIF.
+
+    Into a file, Pillow encodes without holding up the run's thread; into memory, all of Python
+    waits for it.
+    """
+    image.putpalette(bytes(image.getpalette() or ()).ljust(768, b"\0"))  # one table has all 256
+    scratch.seek(0)
+    image.save(scratch, "GIF", interlace=False, optimize=False)
+    size = scratch.tell()
+    scratch.seek(0)
+    data = scratch.read(size)
+    start = _GIF_TABLE.stop
+    while data[start : start + 1] == b"!":  # an extension: sub-blocks up to an empty one
+        start += 2
+        while data[start]:
+            start += 1 + data[start]
+        start += 1
+    return data[start : start + 9] + b"\x87" + data[_GIF_TABLE] + data[start + 10 : -1]
+
+
+_GIF_TABLE = slice(13, 13 + 768)
 
 
 class Apng(GrowingAnimation):

@@ -8,7 +8,7 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .pixels import resized
+from ._resize import resized
 
 _GREY: Final = (118, 124, 134, 255)  # readable on a white page and on a dark one
 _SMALLEST_TEXT_PX: Final = 8

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from .factors import Factors, Hidden, Polynomial, monomials
-from .pixels import to_uint8
+from .factors import Array, Factors, Hidden, Polynomial, monomials
+from .pixels import rounded, to_uint8
 
 # Where one product of matrices is faster than a convolution; measured on two cores of a CPU.
 MOST_TAPS: Final = 80  # outputs times kernel
@@ -46,7 +46,8 @@ class LinearDecoder:
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
-        self._convolve = _convolution(factors)
+        self._to_levels = _convolution(127.5 * factors.weight, 127.5 * factors.bias + 127.5)
+        self._convolve = _convolution(factors.weight, factors.bias)
         self._more = _extra_part(factors.extra, factors.latent_channels)
 
     @property
@@ -60,32 +61,39 @@ class LinearDecoder:
         Raises:
             ValueError: the channel count is not the factors'.
         """
-        return to_uint8(self.decode_float(latents))
+        if self._more is not None:
+            return to_uint8(self.decode_float(latents))
+        levels = self._to_levels(self._padded(latents))
+        upscale = self.factors.upscale
+        return rounded(levels if upscale == 1 else functional.pixel_shuffle(levels, upscale))
 
     def decode_float(self, latents: Tensor) -> Tensor:
         """What `decode` rounds: (B, 3, h * upscale, w * upscale) float32, nominally [-1, 1]."""
+        padded = self._padded(latents)
+        rgb = self._convolve(padded)  # (B, 3 * s * s, h, w)
+        if self._more is not None:
+            rgb = rgb + self._more(latents.float(), padded)
+        return functional.pixel_shuffle(rgb, self.factors.upscale)
+
+    def _padded(self, latents: Tensor) -> Tensor:
         if latents.shape[1] != self.factors.latent_channels:
             raise ValueError(
                 f"latents must be (B, {self.factors.latent_channels}, h, w) for factors "
                 f"{self.factors.name!r}, got {tuple(latents.shape)}; pass decoder='auto'"
             )
-        latents = latents.float()
         margin = self.factors.kernel_size // 2
         # replicated, because a border of zeros is grey only in sampler space
-        padded = functional.pad(latents, (margin,) * 4, mode="replicate") if margin else latents
-        rgb = self._convolve(padded)  # (B, 3 * s * s, h, w)
-        if self._more is not None:
-            rgb = rgb + self._more(latents, padded)
-        return functional.pixel_shuffle(rgb, self.factors.upscale)
+        bare = latents.float()
+        return functional.pad(bare, (margin,) * 4, mode="replicate") if margin else bare
 
 
-def _convolution(factors: Factors) -> Callable[[Tensor], Tensor]:
-    """`conv2d` with the factors' weight and bias, as fast as this machine does it.
+def _convolution(weights: Array, biases: Array) -> Callable[[Tensor], Tensor]:
+    """`conv2d` with factors' weight and bias, as fast as this machine does it.
 
     From many channels to few outputs, all taps at once as one product of matrices, then shifted and
     added, take less than half of the time of torch's `conv2d` on one core of a CPU.
     """
-    weight, bias = torch.from_numpy(factors.weight), torch.from_numpy(factors.bias)
+    weight, bias = torch.from_numpy(weights), torch.from_numpy(biases)
     outputs, channels, side, _ = weight.shape
     if side == 1 or outputs * side**2 > MOST_TAPS or channels < FEWEST_CHANNELS:
         return lambda padded: functional.conv2d(padded, weight, bias)

@@ -20,12 +20,12 @@ from typing import Final, cast
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ._resize import resized
 from .arguments import UsageError
 from .demo import DEMO_GUIDANCE, demo_model_path
 from .frame import Frame
 from .generate import arguments_for, load_pipeline
 from .jobs import Bench, Event, EventName, ImageFormat, Job
-from .pixels import resized
 from .streaming import Phase, astream
 
 __all__ = ["Painter", "load_painter"]

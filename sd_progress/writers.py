@@ -31,9 +31,9 @@ from PIL import Image
 
 from ._animation import FORMATS, Animation, Size, Timing, png_bytes
 from ._files import claim_folder, move_over, publish, temporary_path, write_temporary
+from ._resize import resized
 from ._sheet import Cell, sheet, with_longer_side
 from .frame import Frame
-from .pixels import resized
 
 __all__ = [
     "AnimationVideo",

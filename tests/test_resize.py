@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sd_progress.pixels import resized
+from sd_progress._resize import resized
 
 
 def noise(width, height):
