@@ -821,7 +821,9 @@ class Run:
             self.parts.boundary.report("making a preview frame", error)
         else:
             self._made += 1
-            return _Parcel(frame)
+            # Anew, now that what it was made of is freed: where pictures wait by the hundred, each
+            # would lie behind a gap as large as that.
+            return _Parcel(replace(frame, images=frame.images.copy()))
         return None
 
     def _frame(self, job: _Job) -> Frame:
