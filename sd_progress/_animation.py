@@ -155,7 +155,7 @@ class Gif(GrowingAnimation):
     def __init__(self, wanted: Path, timing: Timing) -> None:
         super().__init__(wanted, timing)
         self._colours = _Colours()
-        self._scratch = tempfile.TemporaryFile(prefix="sd-progress-", buffering=0)  # noqa: SIM115
+        self._scratch = _scratch_file()
         weakref.finalize(self, self._scratch.close)
 
     def header(self, image: Image.Image, block: bytes) -> bytes:
@@ -302,6 +302,14 @@ def _within(image: Image.Image, other: Image.Image, levels: int) -> Image.Image:
     red, green, blue = ImageChops.difference(image, other).split()
     most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
     return most.point([255 if level <= levels else 0 for level in range(256)])
+
+
+def _scratch_file() -> IO[bytes]:
+    """A file without a name, or memory where none can be had."""
+    try:
+        return tempfile.TemporaryFile(prefix="sd-progress-", buffering=0)
+    except OSError:
+        return io.BytesIO()
 
 
 def _gif_picture(image: Image.Image, scratch: IO[bytes]) -> bytes:

@@ -391,6 +391,17 @@ def test_a_gif_of_noise_has_colours_as_good_as_pillows(tmp_path):
         assert error <= 1.1 * others + 1
 
 
+def test_a_gif_needs_no_folder_for_temporary_files(tmp_path, monkeypatch):
+    """It is the same file without."""
+    for name, folder in (("with.gif", tmp_path), ("without.gif", tmp_path / "missing")):
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        writer = AnimationWriter(tmp_path / name)
+        for index in range(3):
+            writer.write(frame(index))
+        writer.close()
+    assert (tmp_path / "with.gif").read_bytes() == (tmp_path / "without.gif").read_bytes()
+
+
 def test_a_gif_has_no_byte_out_of_place(tmp_path):
     """Walked block by block, the file ends with its trailer; so it does after one frame."""
     writer = AnimationWriter(tmp_path / "run.gif", duration_ms=120)
