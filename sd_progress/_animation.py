@@ -19,8 +19,7 @@ from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
 from ._files import publish, temporary_path, write_temporary
-
-Size = tuple[int, int]
+from ._resize import Size
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from typing import Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 from PIL import Image
 
-from ._animation import FORMATS, Animation, Size, Timing, png_bytes
+from ._animation import FORMATS, Animation, Timing, png_bytes
 from ._files import claim_folder, move_over, publish, temporary_path, write_temporary
-from ._resize import resized
+from ._resize import Size, resized
 from ._sheet import Cell, sheet, with_longer_side
 from .frame import Frame
 
