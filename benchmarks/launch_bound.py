@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import queue
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -24,8 +22,18 @@ from statistics import median
 import torch
 from backlog import pipeline
 from diffusers import SD3Transformer2DModel
-from overhead import BUDGETED, NOTHING, OURS, Model, Place, Score, WatchedPreview, image_model, run
-from tqdm.auto import tqdm
+from overhead import (
+    BUDGETED,
+    NOTHING,
+    OURS,
+    WAYS,
+    Model,
+    Place,
+    WatchedPreview,
+    count,
+    image_model,
+    measured,
+)
 
 Targets = Callable[[Path], Sequence[object]]
 TARGETS: dict[str, Targets] = {
@@ -69,22 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=30, help="of a run (default: 30)")
-    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
+    parser.add_argument("--steps", type=count, default=30, help="of a run (default: 30)")
+    parser.add_argument("--rounds", type=count, default=15, help="default: 15")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = slight_model(args.steps)
-    model.pipe.set_progress_bar_config(disable=True)
     ways = {name: functools.partial(previewed, targets) for name, targets in TARGETS.items()}
     ways[BUDGETED] = functools.partial(previewed, TARGETS[OURS], budget=0.02)
-    every = {NOTHING: lambda model, folder: None, **ways}
-    scores = {name: Score() for name in every}
-    for number in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
-        for name, way in every.items():
-            gc.collect()
-            with tempfile.TemporaryDirectory() as folder:
-                score = scores[name] if number else Score()  # the first one warms up
-                run(model, way, score, Path(folder))
+    scores = measured(model, {NOTHING: WAYS[NOTHING], **ways}, args.rounds)
     print(f"{args.steps} steps, {args.rounds} rounds, torch {torch.__version__}")
     print("| target | ms per step | ratio | ms in callback | frames of a run |")
     print("|---|---:|---:|---:|---:|")

@@ -610,6 +610,13 @@ def machine() -> str:
     return ", ".join([*parts, f"{torch.get_num_threads()} threads"])
 
 
+def count(text: str) -> int:
+    """An argument that is a whole number, 1 or more."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}; pass a whole number")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what was asked for; a table for each model."""
     parser = argparse.ArgumentParser(
@@ -618,9 +625,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--size", choices=("small", "real"), help="default: real on a GPU")
-    parser.add_argument("--steps", type=int, help="of a run (default: 30 on a GPU, 10 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    parser.add_argument("--threads", type=int, help="of torch (default on a CPU: 2)")
+    parser.add_argument("--steps", type=count, help="of a run (default: 30 on a GPU, 10 on a CPU)")
+    parser.add_argument("--rounds", type=count, default=7, help="default: 7")
+    parser.add_argument("--threads", type=count, help="of torch (default on a CPU: 2)")
     args = parser.parse_args(arguments)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     is_cpu = device.type == "cpu"

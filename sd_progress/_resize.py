@@ -15,11 +15,11 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
         image: RGB.
         size: width and height in pixels.
     """
+    if image.size == size:
+        return image
     import torch  # here, because the command line explains itself without it
     from torch.nn import functional
 
-    if image.size == size:
-        return image
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # others are slower
         return image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).unsqueeze(0).permute(0, 3, 1, 2)

@@ -484,6 +484,11 @@ class Worker(Generic[Item]):
         """Wait for the thread's end, at most so long."""
         self._thread.join(timeout_s)
 
+    def wait(self) -> None:
+        """Wait for the thread's end, however long; not at all where it never began."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
     def finish(self, patience_s: float = PATIENCE_S) -> bool:
         """Wait until all items are handled and the thread has ended.
 
@@ -504,8 +509,8 @@ class Worker(Generic[Item]):
         on_end: Callable[[], None],
         after: Worker[Item] | None,
     ) -> None:
-        if after is not None and after._thread.ident is not None:  # else it never began
-            after._thread.join()
+        if after is not None:
+            after.wait()
         on_begin()
         work_on_one_core()
         _let_the_run_go_first()

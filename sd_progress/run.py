@@ -287,6 +287,7 @@ class _Outlet:
         else:
             self._box = NewestBox(self.newest, lambda x: is_replaced and x.is_last_preview)
         self._has_thread = True
+        self._after = after  # let go of by `start`: else every run would keep the one before
         self.worker: Worker[_Parcel] = Worker(
             self._box,
             self._write,
@@ -296,10 +297,13 @@ class _Outlet:
 
     def start(self) -> None:
         """Begin to write; without a thread to be had, in that of whoever hands over frames."""
+        after, self._after = self._after, None
         try:
             self.worker.start()
         except RuntimeError:
             self._has_thread = False
+            if after is not None:
+                after.worker.wait()
 
     @property
     def dropped(self) -> int:
@@ -821,9 +825,11 @@ class Run:
             self.parts.boundary.report("making a preview frame", error)
         else:
             self._made += 1
-            # Anew, now that what it was made of is freed: where pictures wait by the hundred, each
-            # would lie behind a gap as large as that.
-            return _Parcel(replace(frame, images=frame.images.copy()))
+            if job.images is None:
+                # Anew, now that what it was drawn from is freed: where pictures wait by the
+                # hundred, each would lie behind a gap as large as that.
+                frame = replace(frame, images=frame.images.copy())
+            return _Parcel(frame)
         return None
 
     def _frame(self, job: _Job) -> Frame:

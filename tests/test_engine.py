@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,22 +149,25 @@ def test_an_inbox_puts_on_disk_only_when_it_is_looked_into():
     assert room.taken_bytes == 0
 
 
-def test_an_inbox_puts_on_disk_only_what_takes_longer_to_handle():
+def test_an_inbox_puts_on_disk_only_what_takes_longer_to_handle(monkeypatch):
     """Where the disk is slower than whoever takes the items, it would only hold them up."""
+    now_s = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now_s[0])
+    monkeypatch.setattr("sd_progress.engine.time", clock)
 
     class Slow(Item):
         def store(self, storage):
-            time.sleep(0.05)
+            now_s[0] += 0.05
             super().store(storage)
 
-    for handling_s, least, most in ((0.0, 1, 1), (0.1, 4, 9)):
+    for handling_s, least, most in ((0.01, 1, 1), (0.1, 4, 9)):
         storage = Storage()
         inbox = Inbox(Room(40), storage)
         for k in range(8):  # more and more come, of which one is handled at a time
             assert inbox.put(Slow(k, size_bytes=5))
             inbox.put(Slow(k, size_bytes=5))
             assert inbox.get(None)
-            time.sleep(handling_s)
+            now_s[0] += handling_s
         assert least <= storage.stored_bytes / 10 <= most
 
 
@@ -219,6 +223,17 @@ def test_jobs_are_handled_in_order_before_finish_returns():
     jobs.finish()
     assert [getattr(one, "name", one) for one in done] == [0, 1, 2, 3, 4, "end"]
     assert not jobs.is_alive
+
+
+def test_a_worker_does_not_wait_for_one_that_never_began():
+    """As where no thread could be started for it."""
+    done = []
+    never = Worker(Jobs(), done.append, on_end=lambda: None)
+    never.give_up()
+    jobs = worker(done.append, after=never)
+    jobs.box.put(Item(1))
+    assert jobs.finish()
+    assert [item.name for item in done] == [1]
 
 
 def test_submitting_returns_at_once():
